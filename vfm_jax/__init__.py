@@ -1,0 +1,1 @@
+"""Train video foundation models and diffusion transformers on one loop."""

@@ -1,0 +1,1 @@
+"""Embedding store, probes and reports."""

@@ -1,0 +1,159 @@
+"""Turn flags into a config and a config into one verb.
+
+python -m vfm_jax.main [train|eval|embed|describe|convert|study]
+  --config=configs/quickstart.py[:variant] [--config.a.b=value ...]
+  [--workdir=DIR]
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from vfm_jax import config as config_lib
+from vfm_jax import convert, runtime, study, train, verbs
+from vfm_jax.checkpoint import CheckpointError
+from vfm_jax.data.pipeline import TooManyBadVideos
+from vfm_jax.experiment import Experiment
+from vfm_jax.sharding import ShardingError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Recipe, with :variant if it has any.', lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where results go; runs/<recipe> by default.'
+)
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'study: seeds to run.')
+_DEVICES = flags.DEFINE_integer(
+  'devices', None, 'describe: number of devices to lay the run out for.'
+)
+_DATASET = flags.DEFINE_string('dataset', 'dataset', 'embed: its name.')
+_SAMPLING = flags.DEFINE_enum(
+  'sampling', 'uniform', ['uniform', 'multi-clip'], 'embed: clips of a video.'
+)
+_ANNOTATION = flags.DEFINE_string(
+  'annotation', None, 'embed: the label that is written as the class.'
+)
+_SOURCE = flags.DEFINE_string('source', None, 'convert: file of weights.')
+_LAYOUT = flags.DEFINE_string('layout', 'videomae', 'convert: its layout.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'host:port of process 0, where it is not found alone.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With it.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With it.')
+
+# What a user can cause and mend: told in one message, without a traceback.
+_EXPECTED = (
+  config_lib.ConfigError,
+  CheckpointError,
+  ShardingError,
+  TooManyBadVideos,
+  train.NonFiniteError,
+  convert.ConversionError,
+  OSError,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Run the verb that is named first, `train` by default."""
+  verb = argv[1] if len(argv) > 1 else 'train'
+  if verb not in _VERBS or len(argv) > 2:
+    raise app.UsageError(
+      f'one verb of {", ".join(_VERBS)}; found {" ".join(argv[1:])!r}'
+    )
+  if _CONFIG.value is None:
+    raise app.UsageError('--config=configs/RECIPE.py is needed')
+  logging.set_verbosity(logging.INFO)
+  config = _CONFIG.value
+  exp = config_lib.build(config)
+  if not isinstance(exp, Experiment):
+    raise config_lib.ConfigError(
+      'config: the recipe must return ref(Experiment, ...), found '
+      f'{type(exp).__name__}'
+    )
+  if verb not in ('describe', 'study'):
+    runtime.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    )
+  _VERBS[verb](exp, _workdir(), config)
+
+
+def cli() -> None:
+  """Parse the command line and run; errors that users can mend exit with 1."""
+  try:
+    app.run(main)
+  except (AttributeError, KeyError) as e:
+    # ml_collections raises these for an override of a key that is not there.
+    if '--config.' not in ' '.join(sys.argv):
+      raise
+    _fail(e)
+  except _EXPECTED as e:
+    _fail(e)
+
+
+def _fail(error: BaseException) -> None:
+  print(f'{type(error).__name__}: {error}', file=sys.stderr)
+  sys.exit(1)
+
+
+def _workdir() -> str:
+  if _WORKDIR.value:
+    return _WORKDIR.value
+  recipe = config_flags.get_config_filename(flags.FLAGS['config'])
+  name = os.path.basename(recipe).split(':')[0].removesuffix('.py')
+  return os.path.join('runs', name)
+
+
+def _train(exp: Experiment, workdir: str, config) -> None:
+  train.train(exp, workdir, config=config)
+
+
+def _eval(exp: Experiment, workdir: str, config) -> None:
+  del config
+  print(json.dumps(verbs.evaluate(exp, workdir), indent=1, sort_keys=True))
+
+
+def _embed(exp: Experiment, workdir: str, config) -> None:
+  del config
+  written = verbs.embed(
+    exp,
+    workdir,
+    dataset=_DATASET.value,
+    sampling=_SAMPLING.value,
+    annotation=_ANNOTATION.value,
+  )
+  print(json.dumps(written, indent=1, sort_keys=True))
+
+
+def _describe(exp: Experiment, workdir: str, config) -> None:
+  del workdir
+  print(config_lib.to_text(config))
+  print(verbs.describe(exp, num_devices=_DEVICES.value).text)
+
+
+def _convert(exp: Experiment, workdir: str, config) -> None:
+  del config
+  if not _SOURCE.value:
+    raise app.UsageError('convert needs --source=FILE')
+  print(verbs.convert(exp, workdir, _SOURCE.value, _LAYOUT.value))
+
+
+def _study(exp: Experiment, workdir: str, config) -> None:
+  del exp
+  print(study.study(config, workdir, [int(s) for s in _SEEDS.value]))
+
+
+_VERBS: dict[str, Callable[..., None]] = {
+  'train': _train,
+  'eval': _eval,
+  'embed': _embed,
+  'describe': _describe,
+  'convert': _convert,
+  'study': _study,
+}
+
+if __name__ == '__main__':
+  cli()

@@ -1,0 +1,102 @@
+"""Define what the loop asks of an objective.
+
+An objective is a frozen dataclass that holds Linen modules and scalars. It is
+the one extension point of the library: masked pretraining, latent prediction,
+diffusion and probes are all objectives, and the loop has no branch on them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+Batch = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class LossOut:
+  """Hold the result of a loss evaluation on a (micro-)batch.
+
+  Sums and counts, not means, so that gradient accumulation and uneven
+  microbatches are exact: the loss of task k is sums[k] / counts[k] after both
+  are added over the microbatches.
+
+  Attributes:
+    sums: f32 [K] loss summed over elements, one entry a task.
+    counts: f32 [K] number of elements; must not depend on the parameters.
+    aux: f32 [] auxiliary loss, already weighted, added after the tasks are
+      combined; the mean over microbatches is taken.
+    metrics: scalars to report; the mean over microbatches is taken.
+    extra: the new non-gradient state.
+  """
+
+  sums: jax.Array
+  counts: jax.Array
+  aux: jax.Array = flax.struct.field(
+    default_factory=lambda: jnp.zeros((), jnp.float32)
+  )
+  metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+  extra: PyTree = flax.struct.field(default_factory=dict)
+
+
+@runtime_checkable
+class Objective(Protocol):
+  """What train.py and step.py need; nothing else is ever called."""
+
+  def init(self, rng: jax.Array, batch: Batch) -> tuple[PyTree, PyTree]:
+    """Return (params, extra); called under `jax.eval_shape` and `jax.jit`."""
+    ...
+
+  def loss(
+    self,
+    params: PyTree,
+    extra: PyTree,
+    batch: Batch,
+    rng: jax.Array,
+    *,
+    train: bool,
+  ) -> LossOut:
+    """Return the loss; per-example randomness is keyed by `batch['row']`."""
+    ...
+
+  def after_update(
+    self,
+    extra: PyTree,
+    params: PyTree,
+    step: jax.Array,
+    metrics: Mapping[str, jax.Array],
+  ) -> PyTree:
+    """Return the non-gradient state after the optimizer has moved."""
+    ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+  """Optional: produce one vector a clip, for the probes and `embed`."""
+
+  def embed(self, params: PyTree, batch: Batch) -> jax.Array:
+    """Return f32 [B, D] clip embeddings."""
+    ...
+
+
+@runtime_checkable
+class Visualises(Protocol):
+  """Optional: produce pictures of what the model does."""
+
+  def visualise(
+    self, params: PyTree, extra: PyTree, batch: Batch, rng: jax.Array
+  ) -> Mapping[str, jax.Array]:
+    """Return named uint8 videos [B, T, H, W, 3], in display order."""
+    ...
+
+
+def example_keys(rng: jax.Array, batch: Batch) -> jax.Array:
+  """Return one key an example [B], from its row in the global batch.
+
+  The same example gets the same key however the batch is split over
+  microbatches, devices and hosts.
+  """
+  return jax.vmap(lambda row: jax.random.fold_in(rng, row))(batch['row'])
