@@ -78,6 +78,12 @@ def test_defaults_are_filled_in_and_open_to_overrides():
   assert built.shape == (3, 4)
 
 
+def test_functions_and_dataclasses_may_stand_for_their_nodes():
+  assert config.to_text(whole(fn=scale, spare=Part(5))) == config.to_text(
+    whole(fn=bind(scale), spare=ref(Part, width=5))
+  )
+
+
 def test_linen_modules_do_not_show_their_own_fields():
   c = ref(Layer, features=3)
   assert set(c) == {'_ref', 'features', 'use_bias'}

@@ -146,7 +146,11 @@ def _node(
   filled = {**_defaults(target, kwargs), **kwargs}
   node = ConfigDict({kind: _name(target)})
   for key, value in filled.items():
-    node[key] = ConfigDict(value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+      value = ConfigDict(value)
+    elif callable(value) or dataclasses.is_dataclass(value):
+      value = _as_config(value, None)
+    node[key] = value
   return node
 
 
@@ -349,7 +353,7 @@ def _as_config(default: Any, hint: Any) -> Any:
     return default
   if isinstance(default, functools.partial):
     return bind(default.func, **default.keywords)
-  if inspect.isfunction(default) and '<' not in default.__qualname__:
+  if inspect.isfunction(default) or inspect.isclass(default):
     return bind(default)
   if dataclasses.is_dataclass(default) and not isinstance(default, type):
     return ref(

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vfm_jax import checkpoint, sharding, trees
+from vfm_jax import checkpoint as checkpoint_lib
+from vfm_jax import sharding, trees
 from vfm_jax import step as step_lib
 from vfm_jax.data import pipeline
 from vfm_jax.evals import base as evals_base
@@ -193,9 +194,9 @@ class Experiment:
 
   def checkpointer(
     self, workdir: str, info: Mapping[str, Any] | None = None
-  ) -> checkpoint.Checkpointer:
+  ) -> checkpoint_lib.Checkpointer:
     """Open the checkpoints of a work directory."""
-    return checkpoint.Checkpointer(
+    return checkpoint_lib.Checkpointer(
       f'{workdir}/checkpoints',
       **dataclasses.asdict(self.checkpoint),
       info=info,
@@ -209,7 +210,7 @@ class Experiment:
     if self.warm_start is None:
       return state
     w = self.warm_start
-    params = checkpoint.warm_start(
+    params = checkpoint_lib.warm_start(
       state.params,
       f'{w.workdir}/checkpoints',
       step=w.step,
@@ -230,7 +231,7 @@ class Experiment:
     """
     with self.checkpointer(workdir) as saved:
       if saved.latest_step() is None:
-        raise checkpoint.CheckpointError(
+        raise checkpoint_lib.CheckpointError(
           f'no checkpoint in {workdir}/checkpoints; train first, or change '
           '--workdir'
         )

@@ -14,11 +14,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vfm_jax import config as config_lib
-from vfm_jax import convert, runtime, study, train, verbs
+from vfm_jax import runtime, study, train, verbs
 from vfm_jax.checkpoint import CheckpointError
 from vfm_jax.data.pipeline import TooManyBadVideos
 from vfm_jax.experiment import Experiment
-from vfm_jax.sharding import ShardingError
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Recipe, with :variant if it has any.', lock_config=True
@@ -38,7 +37,6 @@ _ANNOTATION = flags.DEFINE_string(
   'annotation', None, 'embed: the label that is written as the class.'
 )
 _SOURCE = flags.DEFINE_string('source', None, 'convert: file of weights.')
-_LAYOUT = flags.DEFINE_string('layout', 'videomae', 'convert: its layout.')
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, where it is not found alone.'
 )
@@ -46,14 +44,16 @@ _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'With it.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'With it.')
 
 # What a user can cause and mend: told in one message, without a traceback.
+# Errors of configs, shapes, layouts and weights are ValueErrors.
 _EXPECTED = (
-  config_lib.ConfigError,
+  ValueError,
+  OSError,
   CheckpointError,
-  ShardingError,
   TooManyBadVideos,
   train.NonFiniteError,
-  convert.ConversionError,
-  OSError,
+)
+_TRACEBACK = flags.DEFINE_bool(
+  'traceback', False, 'Show where an error was raised.'
 )
 
 
@@ -91,6 +91,8 @@ def cli() -> None:
       raise
     _fail(e)
   except _EXPECTED as e:
+    if _TRACEBACK.value:
+      raise
     _fail(e)
 
 
@@ -138,7 +140,8 @@ def _convert(exp: Experiment, workdir: str, config) -> None:
   del config
   if not _SOURCE.value:
     raise app.UsageError('convert needs --source=FILE')
-  print(verbs.convert(exp, workdir, _SOURCE.value, _LAYOUT.value))
+  n = verbs.convert(exp, workdir, _SOURCE.value)
+  print(f'{n:,} parameters written to {workdir}/checkpoints/0')
 
 
 def _study(exp: Experiment, workdir: str, config) -> None:

@@ -90,18 +90,20 @@ def train(
       loop.record(step, metrics)
       watchdog.beat(step)
       profiler.step(step)
-      last = step == exp.total_steps
       stop = preemption.requested(step)
+      last = stop or step == exp.total_steps
       if step % exp.log_every == 0 or last:
         loop.report(last=last)
-      if last or (exp.eval_every and step % exp.eval_every == 0):
-        loop.evaluate(step, state)
-      if saved.should_save(step) or last or stop:
+      # A preempted run has seconds left: save first and evaluate never.
+      if saved.should_save(step) or last:
         with loop.meter.paused():
           saved.save(step, state, force=True)
-      if stop and not last:
+      if stop:
+        saved.wait()
         logging.warning('Preempted: saved step %d, leaving.', step)
         break
+      if last or (exp.eval_every and step % exp.eval_every == 0):
+        loop.evaluate(step, state)
     saved.wait()
   return _results(workdir) if jax.process_index() == 0 else {}
 
@@ -131,12 +133,13 @@ class _Loop:
 
   def batches(self, start: int) -> Iterator[base.Batch]:
     """Yield global device arrays from step `start` on."""
+    index, count = sharding.process_slot(self.mesh)
     self._source = self.exp.data.train.train_batches(
       self.exp.batch_size,
       seed=self.exp.seed,
       start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=index,
+      process_count=count,
       workers=self.exp.data.workers,
     )
     for batch in self._source:
@@ -209,16 +212,14 @@ class _Loop:
     if not isinstance(objective, base.Visualises):
       return
     shown = self.exp.data.val or self.exp.data.train
-    batch = next(
-      iter(
-        shown.eval_batches(
-          self.exp.batch_size,
-          seed=self.exp.seed,
-          process_index=jax.process_index(),
-          process_count=jax.process_count(),
-        )
-      )
-    )
+    index, count = sharding.process_slot(self.mesh)
+    with shown.eval_batches(
+      self.exp.batch_size,
+      seed=self.exp.seed,
+      process_index=index,
+      process_count=count,
+    ) as batches:
+      batch = next(batches)
     videos = reconstruct.reconstruct(
       objective,
       params,

@@ -83,17 +83,16 @@ def describe(
   )
 
 
-def convert(exp: Experiment, workdir: str, source: str, layout: str) -> str:
+def convert(exp: Experiment, workdir: str, source: str) -> int:
   """Write the weights of a foreign file as the checkpoint of step 0.
 
   Args:
     exp: whose objective the weights are for.
     workdir: where the checkpoint goes; it must hold none.
-    source: `.safetensors`, `.npz` or (with the `parity` extra) `.pth` file.
-    layout: one of `convert.LAYOUTS`.
+    source: `.safetensors`, `.npz` or (with the `parity` extra) torch file.
 
   Returns:
-    What was used and what was ignored, and why.
+    The number of parameters that were set.
 
   Raises:
     ConversionError: a tensor is missing, left over or of another shape.
@@ -107,14 +106,17 @@ def convert(exp: Experiment, workdir: str, source: str, layout: str) -> str:
         f'{workdir}/checkpoints holds step {saved.latest_step()} already; '
         'change --workdir'
       )
-    state = exp.first_state(shardings)
-    params, report = convert_lib.convert(
-      convert_lib.read_tensors(source), state.params, layout
+    params = convert_lib.from_videomae(
+      convert_lib.read_checkpoint(source), exp.abstract_state.params
     )
-    params = jax.device_put(params, shardings.params)
-    copies = {
-      key: jax.tree.map(lambda x: x.copy(), params) for key in state.ema
-    }
-    saved.save(0, state.replace(params=params, ema=copies), force=True)
+    state = exp.first_state(shardings).replace(
+      params=jax.device_put(params, shardings.params),
+      # Averages start where the parameters do, in buffers of their own.
+      ema={
+        key: jax.device_put(params, where)
+        for key, where in shardings.ema.items()
+      },
+    )
+    saved.save(0, state, force=True)
     saved.wait()
-  return report
+  return sum(x.size for x in jax.tree.leaves(params))

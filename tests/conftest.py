@@ -1,0 +1,38 @@
+"""Give every test eight CPU devices; set before anything imports JAX."""
+
+import os
+import pathlib
+
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import pytest
+from absl import flags
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--golden-dir',
+    action='append',
+    default=None,
+    help='folder of recorded cases (.json with .npz); may be repeated; '
+    'default: tests/golden',
+  )
+
+
+def pytest_generate_tests(metafunc):
+  """Make one test of each recorded case."""
+  if 'golden_case' in metafunc.fixturenames:
+    folders = metafunc.config.getoption('--golden-dir') or [GOLDEN]
+    paths = [p for f in folders for p in sorted(pathlib.Path(f).glob('*.json'))]
+    metafunc.parametrize('golden_case', paths, ids=[p.name for p in paths])
+
+
+@pytest.fixture(scope='session')
+def parsed_flags():
+  """Parse absl's flags: the worker processes of grain need them."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['pytest'], known_only=True)
+  return flags.FLAGS

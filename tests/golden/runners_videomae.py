@@ -1,0 +1,303 @@
+"""Run the recorded cases of VideoMAE and VideoMAE V2.
+
+Each runner takes the sidecar and the arrays of a case and returns what this
+library computes for every array to check, driven by the sidecar.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vfm_jax import convert
+from vfm_jax.models.encoders import VideoViT
+from vfm_jax.models.predictors import PixelDecoder
+from vfm_jax.objectives.masked import IMAGENET_MEAN, IMAGENET_STD, Masked
+from vfm_jax.ops import masking
+
+
+def run_a_videomae_pretrain(meta: dict, arrays: dict) -> dict:
+  return _pretrain(meta, arrays)
+
+
+def run_b_videomaev2_dual_mask(meta: dict, arrays: dict) -> dict:
+  return _pretrain(meta, arrays)
+
+
+def run_a_videomae_finetune(meta: dict, arrays: dict) -> dict:
+  return _finetune(meta, arrays)
+
+
+def run_b_videomaev2_finetune(meta: dict, arrays: dict) -> dict:
+  return _finetune(meta, arrays)
+
+
+def run_a_videomae_tubemask(meta: dict, arrays: dict) -> dict:
+  out = {}
+  for cfg in meta['config']:
+    name = f'out/mask_{cfg["index"]}'
+    grid, ratio = tuple(cfg['input_size']), cfg['mask_ratio']
+    rng = np.random.RandomState(cfg['np_random_seed'])
+    order = _orders(rng, grid[1] * grid[2], len(arrays[name]))
+    mask = np.asarray(masking.tube_from_order(order, grid, ratio=ratio))
+    per_slice = mask.reshape(len(order), grid[0], -1).sum(-1)
+    assert (per_slice == cfg['num_masks_per_frame']).all()
+    out[name] = mask.astype(np.uint8)
+  return out
+
+
+def run_b_videomaev2_running_cell(meta: dict, arrays: dict) -> dict:
+  out = {}
+  for cfg in meta['config']:
+    i, grid, ratio = cfg['index'], tuple(cfg['size']), cfg['ratio']
+    patterns = masking.running_cell_patterns(grid, ratio=ratio)
+    maps = patterns.reshape(cfg['shape'])
+    np.testing.assert_allclose(maps[0].mean(-1), cfg['ratio_per_frame'])
+    out[f'out/all_mask_maps_{i}'] = maps.astype(np.uint8)
+    rng = np.random.RandomState(cfg['np_random_seed'])
+    picks = [rng.randint(4) for _ in cfg['picked_map_index']]
+    assert picks == cfg['picked_map_index']
+    cells = grid[1] * grid[2]
+    rng = np.random.RandomState(meta['base_seed'] + 60 + i)
+    name = f'out/random_mask_{i}'
+    # The ratio of these two is not in the sidecar: it is what they hide.
+    ratio = arrays[name].mean()
+    order = _orders(rng, cells * grid[0], 1)
+    mask = masking.random_from_order(order, grid, ratio=ratio)
+    out[name] = np.asarray(mask[0], np.uint8)
+    name = f'out/tube_mask_{i}'
+    order = _orders(rng, cells, 1)
+    mask = masking.tube_from_order(order, grid, ratio=arrays[name].mean())
+    out[name] = np.asarray(mask[0], np.uint8).reshape(grid[0], cells)
+  return out
+
+
+def _orders(rng, n, count):
+  """Shuffle 0..n-1 as the official code shuffles its flags."""
+  orders = np.tile(np.arange(n), (count, 1))
+  for row in orders:
+    rng.shuffle(row)
+  return orders
+
+
+def _pretrain(meta, arrays):
+  cfg = meta['config']
+  mask = _flat_mask(arrays['in/mask'])
+  skipped = None
+  if 'in/decode_mask' in arrays:
+    skipped = _flat_mask(arrays['in/decode_mask'])
+  shared = _shared(cfg)
+  objective = Masked(
+    encoder=VideoViT(
+      width=cfg['encoder_embed_dim'],
+      depth=cfg['encoder_depth'],
+      heads=cfg['encoder_num_heads'],
+      **_geometry(cfg, arrays),
+      **shared,
+    ),
+    decoder=PixelDecoder(
+      width=cfg['decoder_embed_dim'],
+      depth=cfg['decoder_depth'],
+      heads=cfg['decoder_num_heads'],
+      **shared,
+    ),
+    mask=lambda keys, grid: mask,
+    decoder_mask=None if skipped is None else lambda keys, grid: skipped,
+  )
+  video = _pixels(arrays)
+  batch = {'video': video, 'row': jnp.arange(len(video))}
+  template, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
+  state = _weights(arrays)
+  params = convert.from_videomae(state, template)
+  keys = jax.random.split(jax.random.key(0), len(video))
+
+  def loss(params, objective=objective):
+    out = objective.loss(params, {}, batch, jax.random.key(0), train=True)
+    return (out.sums / out.counts).sum()
+
+  raw = dataclasses.replace(objective, normalise_target=False)
+  plain = dataclasses.replace(objective, decoder_mask=None)
+
+  @jax.jit
+  def compute(params):
+    outs = [o.reconstruct(params, video, keys) for o in (objective, raw, plain)]
+    others = loss(params, raw), loss(params, plain)
+    return jax.value_and_grad(loss)(params), outs, others
+
+  (value, grads), outs, (raw_loss, plain_loss) = compute(params)
+  out, raw_out, plain_out = outs
+  return {
+    'out/encoder_out': out.encoded,
+    'out/pred': out.pred,
+    'out/labels': out.target,
+    'out/cal_loss_mask': np.asarray(out.weight, np.uint8),
+    'out/loss': value,
+    'out/loss_raw_pixels': raw_loss,
+    'out/loss_no_decoder_mask': plain_loss,
+    **_heads_of(arrays, 'out/labels_raw_first_token', raw_out.target),
+    **_heads_of(arrays, 'out/pred_no_decoder_mask_first', plain_out.pred),
+    **_intermediates(objective, params, video, mask, out),
+    **_grads(arrays, state, params, grads),
+  }
+
+
+def _heads_of(arrays, start, value):
+  """Return the first tokens of value, as many as were recorded."""
+  names = [n for n in arrays if n.startswith(start)]
+  return {n: value[:, : arrays[n].shape[1]] for n in names}
+
+
+def _intermediates(objective, params, video, mask, out):
+  normalised = (video - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
+  _, state = objective.encoder.apply(
+    {'params': params['encoder']}, normalised, capture_intermediates=True
+  )
+  patches = state['intermediates']['patch_embed']['__call__'][0]
+  visible = np.nonzero(~mask)[1].reshape(len(mask), -1)
+  _, state = objective.decoder.apply(
+    {'params': params['decoder']},
+    out.encoded,
+    visible,
+    out.target_idx,
+    features=out.pred.shape[-1],
+    grid=objective.encoder.built_grid,
+    built_grid=objective.encoder.built_grid,
+    capture_intermediates=True,
+  )
+  decoder = state['intermediates']
+  return {
+    'out/patch_embed': patches,
+    'out/encoder_to_decoder': decoder['embed']['__call__'][0],
+    'out/decoder_in': decoder['decoder_in'][0],
+  }
+
+
+def _finetune(meta, arrays):
+  cfg = meta['config']
+  state = _weights(arrays)
+  mean_pooling = cfg.get('use_mean_pooling', 'fc_norm.weight' in state)
+  learnt = cfg.get('use_learnable_pos_emb', False)
+  model = VideoViT(
+    width=cfg['embed_dim'],
+    depth=cfg['depth'],
+    heads=cfg['num_heads'],
+    positions='learned' if learnt else 'flat_sinusoid',
+    # The official forward pass detaches the table.
+    train_positions=False,
+    pooling='mean' if mean_pooling else 'first',
+    norm='pooled' if mean_pooling else 'tokens',
+    num_classes=cfg['num_classes'],
+    init_scheme='finetune',
+    **_geometry(cfg, arrays),
+    **_shared(cfg),
+  )
+  video = arrays['in/video'].transpose(0, 2, 3, 4, 1)
+  template = jax.eval_shape(model.init, jax.random.key(0), video)['params']
+  params = convert.from_videomae(state, {'encoder': template})
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def forward(params, model=model):
+    return model.apply({'params': params['encoder']}, video)
+
+  out = {
+    'out/features': forward(params, model.clone(num_classes=0)),
+    'out/logits': forward(params),
+  }
+  if 'out/logits_no_mean_pooling' in arrays:
+    first = model.clone(pooling='first', norm='tokens')
+    encoder = dict(params['encoder'])
+    encoder['norm'] = encoder.get('fc_norm', encoder.get('norm'))
+    out['out/logits_no_mean_pooling'] = forward({'encoder': encoder}, first)
+  if 'in/label' in arrays:
+
+    def loss(params):
+      labels = jnp.asarray(arrays['in/label'])
+      return optax.softmax_cross_entropy_with_integer_labels(
+        forward(params), labels
+      ).mean()
+
+    out['out/loss'], grads = jax.jit(jax.value_and_grad(loss))(params)
+    out |= _grads(arrays, state, params, grads)
+    if learnt:
+      assert not np.any(grads['encoder']['pos_embed'])
+  return out
+
+
+def _geometry(cfg, arrays):
+  size = cfg['img_size']
+  frames = cfg.get('num_frames', cfg.get('all_frames'))
+  if frames is None:
+    frames = arrays['in/video'].shape[2]
+  return dict(
+    patch=cfg['patch_size'],
+    tubelet=cfg['tubelet_size'],
+    frames=frames,
+    image_size=size if isinstance(size, int) else tuple(size),
+  )
+
+
+def _shared(cfg):
+  return dict(
+    mlp_ratio=cfg['mlp_ratio'],
+    qkv_bias='qv' if cfg['qkv_bias'] else 'none',
+    layer_scale=cfg.get('init_values') or 0.0,
+    cosine=cfg.get('cos_attn', False),
+    norm_eps=cfg.get('layernorm_eps', 1e-6),
+  )
+
+
+def _pixels(arrays):
+  """Return the video [B, T, H, W, 3] in [0, 1]."""
+  video = arrays['in/video'].transpose(0, 2, 3, 4, 1)
+  pixels = video * np.float32(IMAGENET_STD) + np.float32(IMAGENET_MEAN)
+  return jnp.asarray(pixels)
+
+
+def _flat_mask(mask):
+  return np.asarray(mask, bool).reshape(len(mask), -1)
+
+
+def _weights(arrays):
+  return {k[2:]: v for k, v in arrays.items() if k.startswith('w/')}
+
+
+def _grads(arrays, state, params, grads):
+  """Return our gradients for the recorded ones, by official name.
+
+  A full gradient of ours is given in the official layout, by inverting the
+  conversion on the positions of the entries.
+  """
+  flat = _flatten(grads)
+  by_name = {
+    source.names[0]: (path, source)
+    for path, source in convert.sources(tuple(flat), state).items()
+  }
+  out = {}
+  for name in arrays:
+    kind, _, key = name.partition('/')
+    if kind not in ('grad', 'gradnorm'):
+      continue
+    path, source = by_name[key]
+    grad = np.asarray(flat[path], np.float64)
+    if kind == 'gradnorm':
+      out[name] = math.sqrt(np.square(grad).sum())
+      continue
+    shape = arrays[name].shape
+    numbers = np.arange(grad.size).reshape(shape)
+    places = source.convert(numbers, grad.shape)
+    official = np.empty(grad.size)
+    official[places.ravel()] = grad.ravel()
+    out[name] = official.reshape(shape)
+  return out
+
+
+def _flatten(tree):
+  return {
+    re.sub(r"\['?([^'\]]*)'?\]", r'\1/', jax.tree_util.keystr(path))[:-1]: x
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }

@@ -1,0 +1,96 @@
+"""Check every recipe: its recorded text, its description, two steps of it."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from vfm_jax import config, sharding, verbs
+from vfm_jax.data.pipeline import Pipeline
+from vfm_jax.data.synthetic import MovingShapes
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / 'tests/golden/configs'
+VARIANTS = {
+  'videomae_b': ('', 'gpu8', 'gpu1'),
+  'videomae_l': ('', 'gpu8', 'gpu1'),
+  'videomaev2_g': ('', 'gpu8'),
+  'twlv_b': ('', 'gpu8', 'gpu1'),
+  'twlv_l': ('', 'gpu8', 'gpu1'),
+  'quickstart': ('', 'mocap'),
+}
+SPECS = [
+  f'{name}:{v}' if v else name for name, vs in VARIANTS.items() for v in vs
+]
+# Devices of a pod slice that the variant without a name is laid out for.
+DEVICES = {'': 256, 'gpu8': 8, 'gpu1': 1}
+
+
+def load(spec):
+  name, _, variant = spec.partition(':')
+  return config.load(f'{ROOT}/configs/{name}.py:{variant}')
+
+
+def test_every_recipe_is_listed():
+  assert {p.stem for p in (ROOT / 'configs').glob('*.py')} == set(VARIANTS)
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_text_is_as_recorded(spec, request):
+  """A changed default or recipe shows as a diff of these files."""
+  path = GOLDEN / f'{spec.replace(":", "-")}.txt'
+  text = config.to_text(load(spec))
+  if request.config.getoption('--update-golden'):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+  assert text == path.read_text()
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_recipe_is_short_and_says_how_far_it_was_run(name):
+  source = (ROOT / 'configs' / f'{name}.py').read_text()
+  assert len(source.splitlines()) < 100
+  assert re.search(r'python -m vfm_jax.main|quickstart.sh', source)
+  assert re.search(r'Ours: ', source)
+
+
+def smoke(c):
+  """Shrink a recipe to a model that runs two steps in seconds."""
+  encoder, decoder = c.objective.encoder, c.objective.decoder
+  encoder.update(width=32, depth=2, heads=2, patch=8, frames=4, image_size=32)
+  decoder.update(width=16, depth=1, heads=2)
+  c.data.train.unlock()
+  c.data.train.source = config.ref(MovingShapes, count=32, frames=8, size=40)
+  c.data.train.clip.update(frames=4, stride=1)
+  c.data.train.transform.size = 32
+  c.data.workers = 0
+  c.update(batch_size=8, accum=2, steps=2, epochs=None)
+  c.mesh.update(data=-1, fsdp=4)
+  return c
+
+
+@pytest.mark.parametrize('name', [n for n in VARIANTS if n != 'quickstart'])
+def test_describe_and_two_smoke_steps(name):
+  c = load(name)
+  c.data.train.unlock()
+  # The description needs shapes and the length of the list, not the videos.
+  c.data.train.source = config.ref(MovingShapes, count=240_000)
+  described = verbs.describe(config.build(c), DEVICES[''])
+  assert described.data['num_params'] > 9e7
+  assert described.data['flops_per_step'] > 1e15
+  assert described.data['devices'] == 256
+
+  exp = config.build(smoke(load(name)))
+  assert isinstance(exp.data.train, Pipeline)
+  mesh = sharding.make_mesh(exp.mesh)
+  shardings = exp.shardings(mesh)
+  with sharding.activations(mesh):
+    state = exp.first_state(shardings)
+    step = jax.jit(exp.train_step(), out_shardings=(shardings, None))
+    with exp.data.train.train_batches(exp.batch_size, seed=0) as batches:
+      for _ in range(2):
+        state, metrics = step(state, sharding.put_batch(next(batches), mesh))
+  assert int(state.step) == 2
+  assert np.isfinite(metrics['loss'])

@@ -1,0 +1,294 @@
+"""Convert VideoMAE checkpoints to parameters, strictly both ways.
+
+Three layouts of names are known: the released pretraining and fine-tuning
+models of VideoMAE and VideoMAE V2, and the one of `transformers`. Every tensor
+of the file is used or ignored by a rule that gives its reason, every parameter
+is set, and every shape is checked.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vfm_jax.nn import transformer
+from vfm_jax.optional import require
+
+PyTree = Any
+State = Mapping[str, np.ndarray]
+
+# Where released files keep the weights, and what wrappers add to names.
+_WRAPPERS = ('model', 'module', 'state_dict')
+_PREFIXES = ('module.', '_orig_mod.')
+
+
+class ConversionError(ValueError):
+  """A checkpoint and the parameters do not fit together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Say where a parameter comes from.
+
+  Attributes:
+    names: tensors of the checkpoint; several are stacked along the first
+      axis.
+    convert: function (tensor, shape of the parameter) -> array.
+  """
+
+  names: tuple[str, ...]
+  convert: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+def from_videomae(
+  state: State,
+  template: PyTree,
+  *,
+  ignore: Mapping[str, str] | None = None,
+) -> PyTree:
+  """Return the parameters of a VideoMAE checkpoint.
+
+  Args:
+    state: tensors by name, in any of the three layouts.
+    template: parameters, or their shapes, that are wanted: {'encoder': ...}
+      or {'encoder': ..., 'decoder': ...}, with unrolled or scanned blocks.
+    ignore: reasons by regular expression, for tensors that are left out on
+      purpose, such as {r'decoder\\..*': 'only the encoder is used'}.
+
+  Returns:
+    Float32 numpy arrays in the structure of the template.
+
+  Raises:
+    ConversionError: names each tensor that is missing, of no use, or of a
+      shape that does not fit.
+  """
+  unrolled = jax.eval_shape(transformer.unstack_blocks, template)
+  shapes = {
+    path: leaf.shape
+    for path, leaf in traverse_util.flatten_dict(unrolled, sep='/').items()
+  }
+  wanted = sources(tuple(shapes), state)
+  problems, params, used = [], {}, set()
+  for path, source in wanted.items():
+    missing = [n for n in source.names if n not in state]
+    used.update(source.names)
+    if missing:
+      problems.append(f'missing: {", ".join(missing)} for {path}')
+      continue
+    tensor = _join([np.asarray(state[n], np.float32) for n in source.names])
+    try:
+      params[path] = source.convert(tensor, shapes[path])
+      fits = params[path].shape == shapes[path]
+    except ValueError:
+      fits = False
+    if not fits:
+      problems.append(
+        f'reshaped: {", ".join(source.names)} is {tensor.shape}, which does '
+        f'not give {path} {shapes[path]}'
+      )
+  for name in sorted(set(state) - used):
+    if not any(re.fullmatch(rule, name) for rule in ignore or {}):
+      problems.append(
+        f'unused: {name} {np.shape(state[name])}; the model has no such '
+        'parameter and no rule of `ignore` gives a reason'
+      )
+  if problems:
+    raise ConversionError(
+      'the checkpoint does not fit the model:\n  ' + '\n  '.join(problems)
+    )
+  params = traverse_util.unflatten_dict(params, sep='/')
+  same = jax.tree.structure(unrolled) == jax.tree.structure(template)
+  if same:
+    return params
+  return jax.tree.map(np.asarray, transformer.stack_blocks(params))
+
+
+def sources(paths: Sequence[str], state: State) -> dict[str, Source]:
+  """Return where each parameter comes from, by its path.
+
+  Args:
+    paths: parameter paths with unrolled blocks, such as
+      'encoder/blocks_0/attn/qkv/kernel'.
+    state: the checkpoint; only its names are looked at.
+
+  Raises:
+    ConversionError: a path is not one of a VideoMAE model.
+  """
+  hugging = any(name.startswith('videomae.') for name in state)
+  rules = _TRANSFORMERS if hugging else _RELEASED
+  # Pretraining models keep the encoder under a name of its own.
+  prefix = ''
+  if not hugging and any(n.startswith('encoder.') for n in state):
+    prefix = 'encoder.'
+  out = {}
+  for path in paths:
+    for pattern, names, convert in rules:
+      match = re.fullmatch(pattern, path)
+      if match is None:
+        continue
+      names = [
+        match.expand(name).replace('<encoder>', prefix) for name in names
+      ]
+      if hugging:
+        names = [_older_name(name, state) for name in names]
+      out[path] = Source(tuple(names), convert)
+      break
+    else:
+      raise ConversionError(f'no VideoMAE tensor is known for {path}')
+  return out
+
+
+def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Read the tensors of a .safetensors, .npz, .pt, .pth or .bin file.
+
+  Wrappers of torch files ('model', 'module', 'state_dict') and name prefixes
+  of wrapped modules are removed.
+
+  Raises:
+    ValueError: another suffix.
+    ImportError: a torch file, and torch is not installed.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == '.safetensors':
+    from safetensors.numpy import load_file
+
+    state = load_file(path)
+  elif path.suffix == '.npz':
+    with np.load(path, allow_pickle=False) as file:
+      state = dict(file)
+  elif path.suffix in ('.pt', '.pth', '.bin'):
+    torch = require('torch', 'parity')
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    for wrapper in _WRAPPERS:
+      if isinstance(state.get(wrapper), Mapping):
+        state = state[wrapper]
+        break
+    state = {k: v.float().numpy() for k, v in state.items()}
+  else:
+    raise ValueError(
+      'expected a checkpoint .safetensors, .npz, .pt, .pth or .bin, found '
+      f'{path.name}'
+    )
+  out = {}
+  for name, tensor in state.items():
+    while any(name.startswith(p) for p in _PREFIXES):
+      name = name.split('.', 1)[1]
+    out[name] = tensor
+  return out
+
+
+def _join(tensors):
+  return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
+
+def _same(x, shape):
+  # Tables and tokens of a batch of one: [1, N, D] and [1, 1, D].
+  return x.reshape(shape) if x.size == np.prod(shape) and x.ndim > 1 else x
+
+
+def _transpose(x, shape):
+  del shape  # a scale is one axis and stays as it is
+  return x.T
+
+
+def _qkv(x, shape):
+  # Rows are [q | k | v], each by heads: [3*H*D/H, D] to [D, 3, H, D/H].
+  if x.shape != (np.prod(shape[1:]), shape[0]):
+    raise ValueError
+  return x.T.reshape(shape)
+
+
+def _qkv_bias(x, shape):
+  return x.reshape(shape)
+
+
+def _convolution(x, shape):
+  # (out, in, t, h, w) to patches in the order (t h w in).
+  del shape
+  return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
+
+
+def _older_name(name, state):
+  """Return the name that older `transformers` gave to a bias of q or v."""
+  older = re.sub(r'\.(query|value)\.bias$', lambda m: f'.{m[1][0]}_bias', name)
+  return older if older in state else name
+
+
+def _affine(path, name):
+  return [
+    (rf'{path}/(?:scale|kernel)', [f'{name}.weight'], _transpose),
+    (rf'{path}/bias', [f'{name}.bias'], _same),
+  ]
+
+
+def _released_rules():
+  rules = []
+  for part, prefix in (('encoder', '<encoder>'), ('decoder', 'decoder.')):
+    block, name = rf'{part}/blocks_(\d+)', rf'{prefix}blocks.\1'
+    rules += [
+      (rf'{block}/attn/qkv/kernel', [rf'{name}.attn.qkv.weight'], _qkv),
+      (rf'{block}/attn/qkv/bias', [rf'{name}.attn.qkv.bias'], _qkv_bias),
+      (rf'{block}/attn/([qv]_bias)', [rf'{name}.attn.\2'], _same),
+      (rf'{block}/attn/log_scale', [rf'{name}.attn.scale'], _same),
+      (rf'{block}/(gamma_[12])', [rf'{name}.\2'], _same),
+      *_affine(rf'{block}/attn/proj', rf'{name}.attn.proj'),
+    ]
+    for layer in ('mlp.fc1', 'mlp.fc2', 'norm1', 'norm2'):
+      path = layer.replace('.', '/')
+      rules += _affine(rf'{block}/{path}', rf'{name}.{layer}')
+    for layer in ('norm', 'fc_norm', 'head'):
+      rules += _affine(rf'{part}/{layer}', rf'{prefix}{layer}')
+  return tuple(rules) + _ends('<encoder>patch_embed.proj')
+
+
+def _ends(stem):
+  return (
+    ('encoder/patch_embed/kernel', [f'{stem}.weight'], _convolution),
+    ('encoder/patch_embed/bias', [f'{stem}.bias'], _same),
+    ('encoder/pos_embed', ['<encoder>pos_embed'], _same),
+    ('decoder/embed/kernel', ['encoder_to_decoder.weight'], _transpose),
+    ('decoder/mask_token', ['mask_token'], _same),
+  )
+
+
+def _transformers_rules():
+  rules = []
+  parts = (
+    ('encoder', 'videomae.encoder.layer.'),
+    ('decoder', 'decoder.decoder_layers.'),
+  )
+  for part, prefix in parts:
+    block, name = rf'{part}/blocks_(\d+)', rf'{prefix}\1'
+    heads = rf'{name}.attention.attention'
+    weights = [f'{heads}.{x}.weight' for x in ('query', 'key', 'value')]
+    rules += [
+      (rf'{block}/attn/qkv/kernel', weights, _qkv),
+      (rf'{block}/attn/q_bias', [f'{heads}.query.bias'], _same),
+      (rf'{block}/attn/v_bias', [f'{heads}.value.bias'], _same),
+    ]
+    for path, layer in (
+      ('attn/proj', 'attention.output.dense'),
+      ('mlp/fc1', 'intermediate.dense'),
+      ('mlp/fc2', 'output.dense'),
+      ('norm1', 'layernorm_before'),
+      ('norm2', 'layernorm_after'),
+    ):
+      rules += _affine(rf'{block}/{path}', rf'{name}.{layer}')
+  for path, layer in (
+    ('encoder/norm', 'videomae.layernorm'),
+    ('encoder/fc_norm', 'fc_norm'),
+    ('encoder/head', 'classifier'),
+    ('decoder/norm', 'decoder.norm'),
+    ('decoder/head', 'decoder.head'),
+  ):
+    rules += _affine(path, layer)
+  return tuple(rules) + _ends('videomae.embeddings.patch_embeddings.projection')
+
+
+_RELEASED = _released_rules()
+_TRANSFORMERS = _transformers_rules()

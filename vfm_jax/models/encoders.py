@@ -1,0 +1,240 @@
+"""Encode videos with a vision transformer over space-time tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vfm_jax.nn import layers
+from vfm_jax.nn.transformer import Block, QkvBias, Remat, Stack
+from vfm_jax.ops import positions as pos
+from vfm_jax.ops import tokens as tok
+
+Positions = Literal[
+  'flat_sinusoid', 'sincos_3d', 'sincos_2d', 'learned', 'none'
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+  """Hold the dimensions that a size letter stands for."""
+
+  width: int
+  depth: int
+  heads: int
+  mlp_ratio: float = 4.0
+  patch: int = 16
+
+
+# VideoMAE (2022), table 8, and VideoMAE V2 (2023), table 1.
+SIZES = {
+  'S': Dims(384, 12, 6),
+  'B': Dims(768, 12, 12),
+  'L': Dims(1024, 24, 16),
+  'H': Dims(1280, 32, 16),
+  'g': Dims(1408, 40, 16, mlp_ratio=48 / 11, patch=14),
+}
+
+
+class VideoViT(nn.Module):
+  """Turn a video [B, T, H, W, 3] into tokens, a vector or class logits.
+
+  Attributes:
+    size: 'S', 'B', 'L', 'H' or 'g'; the next five replace what it says.
+    width: features of a token.
+    depth: number of blocks.
+    heads: number of attention heads.
+    mlp_ratio: hidden features of the MLPs over `width` (rounded down).
+    patch: rows and columns of a token.
+    tubelet: frames of a token. A one-frame clip (an image) is repeated to
+      fill one tubelet.
+    frames: frames of the clips that the positions are built for.
+    image_size: rows and columns that the positions are built for, or one
+      number for both. For inputs of other sizes they are interpolated.
+    positions: position table that is added to the tokens: the sinusoid of
+      the flat token index (VideoMAE), 3-D sin-cos (V-JEPA), 2-D sin-cos,
+      'learned', or 'none'.
+    train_positions: False stops the gradient of a learned table, as the
+      released VideoMAE code does.
+    image_positions: positions of an image: the 'first_slice' (t = 0) of the
+      table, or a separate 'sincos_2d' table.
+    qkv_bias: see `nn.transformer.Attention`.
+    cosine: cosine attention, see `nn.transformer.Attention`.
+    layer_scale: see `nn.transformer.Block`.
+    drop_path: stochastic depth rate of the last block.
+    norm: LayerNorm of all 'tokens', of the 'pooled' vector, or 'none'.
+    pooling: 'mean' over tokens, 'first' token, or 'none' to return tokens.
+    num_classes: classes of a linear head; 0 for none.
+    head_scale: factor of the initial weights of the head.
+    init_scheme: 'pretrain' is Xavier uniform, 'finetune' normal with std 0.02.
+    norm_eps: epsilon of the LayerNorms.
+    scan: compile one block and loop over it.
+    remat: see `nn.transformer.Stack`.
+    impl: attention implementation, see `ops.attention`.
+    dtype: compute type; parameters are float32.
+  """
+
+  size: Literal['S', 'B', 'L', 'H', 'g'] = 'B'
+  width: int | None = None
+  depth: int | None = None
+  heads: int | None = None
+  mlp_ratio: float | None = None
+  patch: int | None = None
+  tubelet: int = 2
+  frames: int = 16
+  image_size: int | tuple[int, int] = 224
+  positions: Positions = 'flat_sinusoid'
+  train_positions: bool = True
+  image_positions: pos.ImageKind = 'first_slice'
+  qkv_bias: QkvBias = 'qv'
+  cosine: bool = False
+  layer_scale: float = 0.0
+  drop_path: float = 0.0
+  norm: Literal['tokens', 'pooled', 'none'] = 'tokens'
+  pooling: Literal['mean', 'first', 'none'] = 'none'
+  num_classes: int = 0
+  head_scale: float = 0.001
+  init_scheme: Literal['pretrain', 'finetune'] = 'pretrain'
+  norm_eps: float = 1e-6
+  scan: bool = False
+  remat: Remat = 'none'
+  impl: str = 'auto'
+  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+
+  @property
+  def dims(self) -> Dims:
+    """Return the dimensions after all replacements."""
+    if self.size not in SIZES:
+      raise ValueError(
+        f'expected `encoder.size` in {list(SIZES)}, found {self.size!r}'
+      )
+    names = [f.name for f in dataclasses.fields(Dims)]
+    given = {n: getattr(self, n) for n in names}
+    given = {n: v for n, v in given.items() if v is not None}
+    return dataclasses.replace(SIZES[self.size], **given)
+
+  @property
+  def patch_shape(self) -> tok.Grid:
+    """Return frames, rows and columns of a token."""
+    return (self.tubelet, self.dims.patch, self.dims.patch)
+
+  @property
+  def built_grid(self) -> tok.Grid:
+    """Return the token grid that the positions are built for."""
+    size = self.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, self.frames, height, width, 3)
+    return tok.token_grid(shape, self.patch_shape)
+
+  def setup(self):
+    """Make the submodules (called by Flax)."""
+    dims = self.dims
+    if self.num_classes and self.pooling == 'none':
+      raise ValueError(
+        "a class head needs `encoder.pooling` 'mean' or 'first', found "
+        f"'none' with `encoder.num_classes` {self.num_classes}"
+      )
+    if self.norm == 'pooled' and self.pooling == 'none':
+      raise ValueError(
+        "`encoder.norm` 'pooled' needs `encoder.pooling` 'mean' or 'first', "
+        "found 'none'"
+      )
+    normal = layers.trunc_normal(0.02, 2.0)
+    finetune = self.init_scheme == 'finetune'
+    self.patch_embed = layers.PatchEmbed(dims.width, self.dtype)
+    if self.positions == 'learned':
+      t, h, w = self.built_grid
+      self.pos_embed = self.param('pos_embed', normal, (t * h * w, dims.width))
+    block = Block(
+      heads=dims.heads,
+      mlp_width=int(dims.width * dims.mlp_ratio),
+      qkv_bias=self.qkv_bias,
+      cosine=self.cosine,
+      layer_scale=self.layer_scale,
+      norm_eps=self.norm_eps,
+      impl=self.impl,
+      dtype=self.dtype,
+      kernel_init=normal if finetune else layers.xavier_uniform(),
+    )
+    self.stack = Stack(dims.depth, block, self.drop_path, self.scan, self.remat)
+    nn.share_scope(self, self.stack)  # parameters are encoder/blocks_0/...
+    # A parameter's path says which norm it is: pretraining's or the head's.
+    if self.norm == 'tokens':
+      self.final_norm = layers.LayerNorm(self.norm_eps, self.dtype, name='norm')
+    elif self.norm == 'pooled':
+      self.final_norm = layers.LayerNorm(
+        self.norm_eps, self.dtype, name='fc_norm'
+      )
+    if self.num_classes:
+      std = 0.02 * self.head_scale
+      self.head = nn.Dense(
+        self.num_classes,
+        dtype='float32',
+        kernel_init=layers.trunc_normal(std, 2.0 * self.head_scale),
+      )
+
+  def __call__(
+    self,
+    video: jax.Array,
+    visible_idx: jax.Array | None = None,
+    keys: jax.Array | None = None,
+  ) -> jax.Array:
+    """Encode a video.
+
+    Args:
+      video: float [B, T, H, W, 3], normalised as the weights expect.
+      visible_idx: int32 [B, n] tokens to encode; None for all. The others
+        are dropped before they are embedded.
+      keys: one key an example [B] for stochastic depth; None for none of it.
+
+    Returns:
+      Tokens [B, n, D], or pooled features [B, D], or logits [B, num_classes].
+    """
+    x, _ = self._encode(video, visible_idx, keys, ())
+    if self.norm == 'tokens':
+      x = self.final_norm(x)
+    if self.pooling == 'mean':
+      x = x.astype(jnp.float32).mean(1).astype(x.dtype)
+    elif self.pooling == 'first':
+      x = x[:, 0]
+    if self.norm == 'pooled':
+      x = self.final_norm(x)
+    return self.head(x) if self.num_classes else x
+
+  def intermediate(
+    self,
+    video: jax.Array,
+    taps: Sequence[int],
+    visible_idx: jax.Array | None = None,
+  ) -> list[jax.Array]:
+    """Return the outputs [B, n, D] of the blocks `taps`, without a norm."""
+    return self._encode(video, visible_idx, None, taps)[1]
+
+  def _encode(self, video, visible_idx, keys, taps):
+    video = tok.fill_tubelet(video, self.tubelet)
+    grid = tok.token_grid(video.shape, self.patch_shape)
+    patches = tok.patchify(video, self.patch_shape)
+    table = self._positions(grid)
+    if visible_idx is not None:
+      patches = tok.take(patches, visible_idx)
+      table = None if table is None else tok.take(table, visible_idx)
+    x = self.patch_embed(patches)
+    if table is not None:
+      x = x + table.astype(x.dtype)
+    return self.stack(x, keys, taps)
+
+  def _positions(self, grid):
+    if self.positions == 'none':
+      return None
+    built = self.built_grid
+    if self.positions == 'learned':
+      table = self.pos_embed
+      if not self.train_positions:
+        table = jax.lax.stop_gradient(table)
+    else:
+      table = pos.fixed_table(self.positions, self.dims.width, built)
+      table = jnp.asarray(table)
+    return pos.fit_table(table, built, grid, self.image_positions)

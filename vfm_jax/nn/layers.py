@@ -1,0 +1,125 @@
+"""Provide the small layers and initialisers of vision transformers."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Dtype = Any
+
+
+def xavier_uniform() -> nn.initializers.Initializer:
+  """Return the initialiser of Linear layers in pretraining (VideoMAE)."""
+  return nn.initializers.xavier_uniform()
+
+
+def trunc_normal(std: float, bound: float) -> nn.initializers.Initializer:
+  """Return a normal initialiser cut off at absolute bounds +-bound.
+
+  Args:
+    std: standard deviation before truncation; it is not corrected for it.
+    bound: largest absolute value.
+  """
+
+  def init(key, shape, dtype=jnp.float32):
+    cut = bound / std
+    return std * jax.random.truncated_normal(key, -cut, cut, shape, dtype)
+
+  return init
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+  """Return U(+-1/sqrt(fan_in)), the default of torch's Linear and Conv."""
+  limit = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+  return init
+
+
+def drop_path(
+  x: jax.Array, rate: float | jax.Array, keys: jax.Array
+) -> jax.Array:
+  """Zero a residual branch for some examples (stochastic depth).
+
+  Args:
+    x: [B, N, D] output of the branch.
+    rate: probability to drop it; what is kept is scaled by 1 / (1 - rate).
+    keys: one key an example, [B].
+  """
+  keep = 1.0 - rate
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep))(keys)
+  return x * (kept / keep).astype(x.dtype)[:, None, None]
+
+
+class LayerNorm(nn.Module):
+  """Normalise the last axis in float32.
+
+  Attributes:
+    eps: added to the variance.
+    dtype: type of the output.
+  """
+
+  eps: float = 1e-6
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return the normalised x [..., D]."""
+    dim = x.shape[-1]
+    scale = self.param('scale', nn.initializers.ones, (dim,))
+    bias = self.param('bias', nn.initializers.zeros, (dim,))
+    x = x.astype(jnp.float32)
+    # Two passes: the variance as a difference of squares loses digits.
+    x = x - x.mean(-1, keepdims=True)
+    variance = jnp.square(x).mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(variance + self.eps) * scale + bias
+    return x.astype(self.dtype)
+
+
+class PatchEmbed(nn.Module):
+  """Project patches: a convolution whose kernel equals its stride.
+
+  It takes patches that are already cut out, so that hidden ones cost nothing.
+
+  Attributes:
+    width: features of a token.
+    dtype: compute type.
+  """
+
+  width: int
+  dtype: Dtype = 'float32'
+
+  @nn.compact
+  def __call__(self, patches: jax.Array) -> jax.Array:
+    """Return tokens [B, N, width] of patches [B, N, p0*p1*p2*C]."""
+    init = uniform_fan_in(patches.shape[-1])
+    kernel = self.param('kernel', init, (patches.shape[-1], self.width))
+    bias = self.param('bias', init, (self.width,))
+    kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
+    return patches.astype(self.dtype) @ kernel + bias
+
+
+class Mlp(nn.Module):
+  """Apply fc1, exact (erf) GELU and fc2.
+
+  Attributes:
+    width: features of the hidden layer.
+    dtype: compute type.
+    kernel_init: initialiser of both kernels.
+  """
+
+  width: int
+  dtype: Dtype = 'float32'
+  kernel_init: nn.initializers.Initializer = xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return [..., D] of x [..., D]."""
+    shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+    h = nn.Dense(self.width, name='fc1', **shared)(x)
+    h = jax.nn.gelu(h, approximate=False)
+    return nn.Dense(x.shape[-1], name='fc2', **shared)(h)

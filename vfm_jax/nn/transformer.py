@@ -1,0 +1,296 @@
+"""Build the pre-norm transformer: Attention, Block and Stack."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vfm_jax.nn import layers
+from vfm_jax.ops.attention import attention
+
+QkvBias = Literal['none', 'qv', 'full']
+Remat = Literal['none', 'full', 'dots']
+
+# exp(4.6052) = 100: the largest logit scale of cosine attention.
+_MAX_LOG_SCALE = 4.6052
+
+
+class Attention(nn.Module):
+  """Attend jointly over all tokens, with one fused qkv kernel [D, 3, H, D/H].
+
+  Attributes:
+    heads: number of heads.
+    qkv_bias: 'none'; 'qv' learns a bias of q and of v (VideoMAE: the one of k
+      has no effect on the softmax and is zero); 'full' learns all three.
+    cosine: normalise q and k and learn the logit scale of each head
+      (VideoMAE V2 option).
+    impl: attention implementation, see `ops.attention`.
+    dtype: compute type.
+    kernel_init: initialiser of the kernels.
+  """
+
+  heads: int
+  qkv_bias: QkvBias = 'qv'
+  cosine: bool = False
+  impl: str = 'auto'
+  dtype: layers.Dtype = 'float32'
+  kernel_init: nn.initializers.Initializer = layers.xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return [B, N, D] of x [B, N, D]."""
+    b, n, dim = x.shape
+    if dim % self.heads:
+      raise ValueError(
+        f'expected a width that the number of heads divides, found width '
+        f'{dim} and {self.heads} heads; change `width` or `heads`'
+      )
+    head_dim = dim // self.heads
+    q, k, v = _QKV(
+      self.heads,
+      self.qkv_bias == 'full',
+      self.dtype,
+      self.kernel_init,
+      name='qkv',
+    )(x)
+    if self.qkv_bias == 'qv':
+      zeros, shape = nn.initializers.zeros, (self.heads, head_dim)
+      q_bias = self.param('q_bias', zeros, (dim,))
+      v_bias = self.param('v_bias', zeros, (dim,))
+      q = q + q_bias.astype(q.dtype).reshape(shape)
+      v = v + v_bias.astype(v.dtype).reshape(shape)
+    scale = None
+    if self.cosine:
+      start = nn.initializers.constant(math.log(10.0))
+      log_scale = self.param('log_scale', start, (self.heads,))
+      factor = jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))
+      q = (_unit(q) * factor[:, None]).astype(q.dtype)
+      k = _unit(k).astype(k.dtype)
+      scale = 1.0
+    out = attention(q, k, v, scale=scale, impl=self.impl)
+    return nn.Dense(
+      dim, dtype=self.dtype, kernel_init=self.kernel_init, name='proj'
+    )(out.reshape(b, n, dim))
+
+
+class _QKV(nn.Module):
+  """Project to queries, keys and values, three times [B, N, H, D/H].
+
+  One parameter [D, 3, H, D/H], initialised as a matrix [D, 3D] and used as
+  three products: on CPU the backward pass of one product with three outer
+  axes takes half as long again. Merging (H, D/H) keeps a cut over heads.
+  """
+
+  heads: int
+  use_bias: bool
+  dtype: layers.Dtype
+  kernel_init: nn.initializers.Initializer
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> list[jax.Array]:
+    dim = x.shape[-1]
+    shape = (3, self.heads, dim // self.heads)
+
+    def init(rng, shape):
+      return self.kernel_init(rng, (dim, 3 * dim)).reshape(shape)
+
+    kernel = self.param('kernel', init, (dim, *shape))
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    out = [
+      (x @ kernel[:, i].reshape(dim, dim)).reshape(*x.shape[:-1], *shape[1:])
+      for i in range(3)
+    ]
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, shape)
+      out = [y + bias[i].astype(y.dtype) for i, y in enumerate(out)]
+    return out
+
+
+class Block(nn.Module):
+  """Add attention and an MLP to x, each on its LayerNorm.
+
+  Attributes:
+    heads: number of heads.
+    mlp_width: hidden features of the MLP.
+    qkv_bias: see `Attention`.
+    cosine: see `Attention`.
+    layer_scale: initial value of learned per-channel factors of both
+      branches; 0 for none.
+    norm_eps: epsilon of the LayerNorms.
+    impl: attention implementation.
+    dtype: compute type.
+    kernel_init: initialiser of the kernels.
+  """
+
+  heads: int
+  mlp_width: int
+  qkv_bias: QkvBias = 'qv'
+  cosine: bool = False
+  layer_scale: float = 0.0
+  norm_eps: float = 1e-6
+  impl: str = 'auto'
+  dtype: layers.Dtype = 'float32'
+  kernel_init: nn.initializers.Initializer = layers.xavier_uniform()
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    drop_path: float | jax.Array = 0.0,
+    keys: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return x [B, N, D] after the block.
+
+    Args:
+      x: [B, N, D].
+      drop_path: probability to drop each branch.
+      keys: one key an example [B]; None drops nothing.
+    """
+    shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+    attn = Attention(
+      self.heads, self.qkv_bias, self.cosine, self.impl, name='attn', **shared
+    )
+    mlp = layers.Mlp(self.mlp_width, name='mlp', **shared)
+    for i, branch in enumerate((attn, mlp), 1):
+      norm = layers.LayerNorm(self.norm_eps, self.dtype, name=f'norm{i}')
+      y = branch(norm(x))
+      if self.layer_scale > 0:
+        start = nn.initializers.constant(self.layer_scale)
+        gamma = self.param(f'gamma_{i}', start, (x.shape[-1],))
+        y = y * gamma.astype(y.dtype)
+      if keys is not None:
+        branch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        y = layers.drop_path(y, drop_path, branch_keys)
+      x = x + y
+    return x
+
+
+class Stack(nn.Module):
+  """Apply `depth` equal blocks; their parameters are in the parent's scope.
+
+  Unrolled, the parameters are blocks_0/..., blocks_1/...; scanned, they are
+  blocks/... with a leading axis of layers. `stack_blocks` and
+  `unstack_blocks` change one into the other.
+
+  Attributes:
+    depth: number of blocks.
+    block: the block, a template that is cloned.
+    drop_path: rate of the last block; it grows linearly from 0.
+    scan: compile one block and loop over it.
+    remat: what the backward pass computes again: 'none', the 'full' block,
+      or all but the 'dots' (products with weights).
+  """
+
+  depth: int
+  block: Block
+  drop_path: float = 0.0
+  scan: bool = False
+  remat: Remat = 'none'
+
+  def setup(self):
+    """Make the submodules (called by Flax)."""
+    template = self.block.clone(parent=None, name=None)
+    if self.scan:
+      self.blocks = template.clone()
+    else:
+      self.blocks = [template.clone() for _ in range(self.depth)]
+
+  def __call__(
+    self,
+    x: jax.Array,
+    keys: jax.Array | None = None,
+    taps: Sequence[int] = (),
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    """Apply the blocks.
+
+    Args:
+      x: [B, N, D].
+      keys: one key an example [B] for stochastic depth; None for none of it.
+      taps: block numbers whose outputs are wanted too; negative ones count
+        from the end.
+
+    Returns:
+      The output [B, N, D] of the last block, and those of `taps`.
+    """
+    if any(not -self.depth <= i < self.depth for i in taps):
+      raise ValueError(
+        f'expected taps from {-self.depth} to {self.depth - 1} for a depth '
+        f'of {self.depth}, found {tuple(taps)}'
+      )
+    rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
+    if self.drop_path == 0:
+      keys = None
+
+    def apply(block, x, layer, rate):
+      if keys is None:
+        return block(x)
+      layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+      return block(x, rate, layer_keys)
+
+    if self.remat == 'dots':
+      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      apply = nn.remat(apply, policy=policy, prevent_cse=not self.scan)
+    elif self.remat == 'full':
+      apply = nn.remat(apply, prevent_cse=not self.scan)
+
+    if not self.scan:
+      outputs = []
+      for i, block in enumerate(self.blocks):
+        x = apply(block, x, i, rates[i])
+        outputs.append(x)
+      return x, [outputs[i] for i in taps]
+
+    def step(block, x, layer, rate):
+      x = apply(block, x, layer, rate)
+      return x, x if taps else None
+
+    loop = nn.scan(
+      step,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=self.depth,
+    )
+    x, outputs = loop(self.blocks, x, jnp.arange(self.depth), rates)
+    return x, [outputs[i] for i in taps]
+
+
+def stack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Turn blocks_0, blocks_1, ... into blocks with a leading axis of layers.
+
+  Args:
+    params: parameters; the blocks may be at any depth of the tree.
+  """
+  out, layers_of = {}, {}
+  for name, value in params.items():
+    if name.startswith('blocks_'):
+      layers_of[int(name.removeprefix('blocks_'))] = value
+    else:
+      out[name] = stack_blocks(value) if isinstance(value, Mapping) else value
+  if layers_of:
+    ordered = [layers_of[i] for i in range(len(layers_of))]
+    out['blocks'] = jax.tree.map(lambda *x: jnp.stack(x), *ordered)
+  return out
+
+
+def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Turn blocks with a leading axis of layers into blocks_0, blocks_1, ..."""
+  out = {}
+  for name, value in params.items():
+    if name == 'blocks':
+      depth = jax.tree.leaves(value)[0].shape[0]
+      for i in range(depth):
+        out[f'blocks_{i}'] = jax.tree.map(lambda x, i=i: x[i], value)
+    else:
+      out[name] = unstack_blocks(value) if isinstance(value, Mapping) else value
+  return out
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """Return x [..., D] at unit length, in float32."""
+  x = x.astype(jnp.float32)
+  square = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
