@@ -4,42 +4,52 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from vfm_jax import sharding
-from vfm_jax.checkpoint import Checkpointer
-from vfm_jax.sharding import Mesh
+from vfm_jax import config, sharding
 
-WORKER = pathlib.Path(__file__).parent / 'workers' / 'toy_run.py'
-
-
-@pytest.fixture(scope='module')
-def toy():
-  spec = importlib.util.spec_from_file_location('toy_run', WORKER)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPE = str(ROOT / 'tests/recipes/tiny_masked.py')
+WORKER = ROOT / 'tests/workers/batches.py'
+DEVICES = 4
+# Parameters are cut over all processes, and so are the batches.
+OVERRIDES = {'mesh.data': 1, 'mesh.fsdp': DEVICES, 'log_every': 1}
+PROCESSES = pytest.mark.parametrize(
+  'count', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 
 
-def launch(count, folder):
+def experiment(**overrides):
+  """Build the recipe with values replaced by their dotted paths."""
+  c = config.load(RECIPE)
+  c.update_from_flattened_dict(OVERRIDES | overrides)
+  return config.build(c)
+
+
+def launch(count, command):
+  """Start `command(coordinator, rank)` once a rank, DEVICES in all."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  env = {
-    **os.environ,
+    coordinator = f'localhost:{s.getsockname()[1]}'
+  devices = f'--xla_force_host_platform_device_count={DEVICES // count}'
+  env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-    'PYTHONPATH': str(WORKER.parents[2]),
+    'XLA_FLAGS': devices,
+    'PYTHONPATH': str(ROOT),
   }
-  workers = [
+  return [
     subprocess.Popen(
-      [sys.executable, WORKER, str(port), str(count), str(rank), folder],
+      [sys.executable, *command(coordinator, rank)],
+      cwd=ROOT,
       env=env,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -47,43 +57,134 @@ def launch(count, folder):
     )
     for rank in range(count)
   ]
+
+
+def start(count, workdir, **overrides):
+  """Start a run as a user does, one command a process."""
+  values = [f'--config.{k}={v}' for k, v in (OVERRIDES | overrides).items()]
+
+  def command(coordinator, rank):
+    several = (
+      f'--coordinator={coordinator}',
+      f'--num_processes={count}',
+      f'--process_id={rank}',
+    )
+    return [
+      '-m',
+      'vfm_jax.main',
+      f'--config={RECIPE}',
+      f'--workdir={workdir}',
+      *values,
+      *(several if count > 1 else ()),
+    ]
+
+  return launch(count, command)
+
+
+def finish(processes):
+  """Wait for all to end well; return (stdout, stderr) of each."""
   try:
-    outputs = [w.communicate(timeout=150) for w in workers]
+    outputs = [p.communicate(timeout=280) for p in processes]
   finally:
-    for w in workers:
-      w.kill()
-  for w, (_, err) in zip(workers, outputs, strict=True):
-    assert w.returncode == 0, err[-3000:]
-  return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    for p in processes:
+      p.kill()
+  for p, (_, err) in zip(processes, outputs, strict=True):
+    assert p.returncode == 0, err[-3000:]
+  return outputs
 
 
-@pytest.mark.parametrize('count', [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_preempted_run_goes_on_with_fewer_processes(count, tmp_path, toy):
-  folder = str(tmp_path / 'checkpoints')
-  results = launch(count, folder)
-  # SIGTERM reached one process at step 6; all left at the next agreement.
-  assert [r['stop'] for r in results] == [8] * count
-  assert all(r['due'] for r in results)
-  assert all(r['same'] for r in results)
-  for rank, r in enumerate(results):
+def curve(workdir):
+  """Return {step: loss} of a run that reports every step."""
+  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
+  points = [json.loads(line) for line in lines]
+  found = {p['step']: p['loss'] for p in points if 'loss' in p}
+  assert len(found) == len([p for p in points if 'loss' in p])
+  return found
+
+
+def assert_same_curve(a, b):
+  assert a.keys() == b.keys()
+  np.testing.assert_allclose(list(a.values()), list(b.values()), atol=1e-6)
+
+
+def mesh_of(exp):
+  return sharding.make_mesh(exp.mesh, jax.devices()[:DEVICES])
+
+
+def saved_params(exp, workdir):
+  mesh = mesh_of(exp)
+  return jax.device_get(exp.restore(str(workdir), mesh).params)
+
+
+@pytest.fixture(scope='module')
+def one_process(tmp_path_factory):
+  """Run one process on as many devices."""
+  folder = tmp_path_factory.mktemp('one')
+  finish(start(1, folder, steps=6))
+  return folder
+
+
+@PROCESSES
+def test_several_processes_equal_one(count, tmp_path, one_process):
+  finish(start(count, tmp_path, steps=6))
+  assert list(curve(tmp_path)) == [1, 2, 3, 4, 5, 6]
+  assert_same_curve(curve(tmp_path), curve(one_process))
+  for name in ('config.txt', 'curves.png', 'results.json'):
+    assert (tmp_path / name).stat().st_size > 100
+  # One process reads what several wrote, each its part.
+  exp = experiment(steps=6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    saved_params(exp, tmp_path),
+    saved_params(exp, one_process),
+  )
+
+
+@PROCESSES
+def test_batches_and_agreement(count, tmp_path):
+  spec = importlib.util.spec_from_file_location('batches', WORKER)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  processes = launch(
+    count,
+    lambda coordinator, rank: [
+      WORKER,
+      RECIPE,
+      str(tmp_path),
+      coordinator,
+      str(count),
+      str(rank),
+    ],
+  )
+  seen = [json.loads(out.splitlines()[-1]) for out, _ in finish(processes)]
+  exp = experiment()
+  alone = module.digests(exp, mesh_of(exp), workers=0)
+  assert len(set(alone)) == len(alone)
+  for rank, r in enumerate(seen):
+    assert r['digests'] == {'0': alone, '1': alone}
+    assert r['due']
     assert r['slots']['fsdp'] == [rank, count]
     assert r['slots']['mixed'] == [rank, count]
     assert r['slots']['tensor'] == [0, 1]
 
-  mesh = sharding.make_mesh(Mesh(fsdp=2))
-  shardings = sharding.infer(jax.eval_shape(toy.init), mesh)
-  with Checkpointer(folder) as saved:
-    state = saved.restore(jax.eval_shape(toy.init), shardings)
-  straight = toy.init()
-  for step in range(1, 13):
-    straight = toy.train_step(straight, toy.batch_of(step))
-    if step > int(state['step']):
-      x = sharding.put_batch(toy.batch_of(step), mesh)
-      state = toy.train_step(state, x)
-  assert int(state['step']) == 12
-  # Sums run in another order on another number of devices.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-    state['params'],
-    straight['params'],
-  )
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_once_and_all_leave(tmp_path):
+  processes = start(2, tmp_path, steps=400, **{'checkpoint.every_steps': 1000})
+  log = tmp_path / 'metrics.jsonl'
+  while not (log.exists() and log.read_text()):
+    assert all(p.poll() is None for p in processes)
+    time.sleep(0.02)
+  processes[1].send_signal(signal.SIGTERM)
+  outputs = finish(processes)
+  said = [re.findall(r'Preempted: saved step (\d+)', err) for _, err in outputs]
+  assert said[0] == said[1]
+  (step,) = map(int, said[0])
+  assert 0 < step < 400
+  kept = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
+  assert kept == [str(step)]
+  # One process goes on where two left, and nothing shows in the curve.
+  before = curve(tmp_path)
+  assert list(before) == list(range(1, step + 1))
+  finish(start(1, tmp_path, steps=step + 4))
+  assert list(curve(tmp_path)) == list(range(1, step + 5))

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -427,7 +428,7 @@ def _leaves(state: PyTree) -> dict[str, Any]:
   keys = [
     path
     for path, x in leaves.items()
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
   ]
   if keys:
     raise CheckpointError(

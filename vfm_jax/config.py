@@ -21,13 +21,13 @@ import pathlib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import ml_collections
 import typeguard
 from ml_collections import config_dict
 
-ConfigDict = ml_collections.ConfigDict
+ConfigDict: TypeAlias = ml_collections.ConfigDict
 
 _REF = '_ref'
 _BIND = '_bind'
@@ -77,7 +77,7 @@ def validate(config: Any, path: tuple[str, ...] = ()) -> None:
   """
   if isinstance(config, ConfigDict):
     if (kind := _kind(config)) is not None:
-      target = _resolve(config[kind], path)
+      target = _resolve(str(config[kind]), path)
       _check(kind, target, _arguments(config), path)
     for key, value in _items(config):
       validate(value, (*path, key))
@@ -200,7 +200,7 @@ def _build(config: Any, path: tuple[str, ...]) -> Any:
   kind = _kind(config)
   if kind is None:
     return arguments
-  target = _resolve(config[kind], path)
+  target = _resolve(str(config[kind]), path)
   if kind == _BIND:
     return functools.partial(target, **arguments)
   try:
@@ -318,6 +318,7 @@ def _admits_bool(hint: Any) -> bool:
 def _defaults(
   target: Callable[..., Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
+  hints, parameters = _hints(target), _parameters(target)
   factories = {
     f.name: f.default_factory
     for f in (
@@ -325,9 +326,8 @@ def _defaults(
     )
     if f.default_factory is not dataclasses.MISSING
   }
-  hints = _hints(target)
   out = {}
-  for name, parameter in _parameters(target).items():
+  for name, parameter in parameters.items():
     if name in given or parameter.default is inspect.Parameter.empty:
       continue
     default = factories[name]() if name in factories else parameter.default

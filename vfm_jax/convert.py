@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vfm_jax import trees
 from vfm_jax.nn import transformer
 from vfm_jax.optional import require
 
@@ -68,10 +69,7 @@ def from_videomae(
       shape that does not fit.
   """
   unrolled = jax.eval_shape(transformer.unstack_blocks, template)
-  shapes = {
-    path: leaf.shape
-    for path, leaf in traverse_util.flatten_dict(unrolled, sep='/').items()
-  }
+  shapes = {path: leaf.shape for path, leaf in trees.path_leaves(unrolled)}
   wanted = sources(tuple(shapes), state)
   problems, params, used = [], {}, set()
   for path, source in wanted.items():

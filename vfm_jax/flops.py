@@ -62,29 +62,33 @@ def _jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
   found = []
   for value in eqn.params.values():
     for v in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(v, core.ClosedJaxpr):
-        found.append(v.jaxpr)
-      elif isinstance(v, core.Jaxpr):
-        found.append(v)
+      # A closed jaxpr, which later versions of JAX do not tell apart.
+      inner = getattr(v, 'jaxpr', v)
+      if isinstance(inner, core.Jaxpr):
+        found.append(inner)
   return found
 
 
 def _dot(eqn: core.JaxprEqn) -> int:
   """2 * contracted * (size of the result)."""
-  lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  lhs, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
   numbers = eqn.params.get('dimension_numbers')
   if numbers is None:
     ragged = eqn.params['ragged_dot_dimension_numbers']
     numbers = ragged.dot_dimension_numbers
   (contracting, _), _ = numbers
-  k = math.prod(lhs.shape[i] for i in contracting)
-  return 2 * k * math.prod(out.shape)
+  k = math.prod(lhs[i] for i in contracting)
+  return 2 * k * math.prod(out)
 
 
 def _conv(eqn: core.JaxprEqn) -> int:
   """2 * (size of the result) * (kernel size without its output channels)."""
-  kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
-  features = kernel.shape[eqn.params['dimension_numbers'].rhs_spec[0]]
+  kernel, out = _shape(eqn.invars[1]), _shape(eqn.outvars[0])
+  features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
   batch_groups = eqn.params['batch_group_count']
-  per_output = math.prod(kernel.shape) // features
-  return 2 * math.prod(out.shape) * per_output // batch_groups
+  per_output = math.prod(kernel) // features
+  return 2 * math.prod(out) * per_output // batch_groups
+
+
+def _shape(operand: Any) -> tuple[int, ...]:
+  return operand.aval.shape

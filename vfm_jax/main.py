@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import cast, get_args
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -17,6 +18,7 @@ from vfm_jax import config as config_lib
 from vfm_jax import runtime, study, train, verbs
 from vfm_jax.checkpoint import CheckpointError
 from vfm_jax.data.pipeline import TooManyBadVideos
+from vfm_jax.evals.store import Sampling
 from vfm_jax.experiment import Experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,7 +33,7 @@ _DEVICES = flags.DEFINE_integer(
 )
 _DATASET = flags.DEFINE_string('dataset', 'dataset', 'embed: its name.')
 _SAMPLING = flags.DEFINE_enum(
-  'sampling', 'uniform', ['uniform', 'multi-clip'], 'embed: clips of a video.'
+  'sampling', 'uniform', get_args(Sampling), 'embed: clips of a video.'
 )
 _ANNOTATION = flags.DEFINE_string(
   'annotation', None, 'embed: the label that is written as the class.'
@@ -66,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
     )
   if _CONFIG.value is None:
     raise app.UsageError('--config=configs/RECIPE.py is needed')
-  logging.set_verbosity(logging.INFO)
+  # The libraries below tell a lot at INFO; what a user must know is a warning.
+  logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   exp = config_lib.build(config)
   if not isinstance(exp, Experiment):
@@ -124,7 +127,7 @@ def _embed(exp: Experiment, workdir: str, config) -> None:
     exp,
     workdir,
     dataset=_DATASET.value,
-    sampling=_SAMPLING.value,
+    sampling=cast(Sampling, _SAMPLING.value),
     annotation=_ANNOTATION.value,
   )
   print(json.dumps(written, indent=1, sort_keys=True))

@@ -30,6 +30,9 @@ from tensorboardX.proto import summary_pb2
 from vfm_jax import plots
 from vfm_jax.optional import require
 
+# Protocol buffers make their classes at import, where no checker sees them.
+_Summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class MetricBuffer:
   """Average the scalars of each step, one interval late.
@@ -375,11 +378,11 @@ class TensorBoardWriter(Writer):
     """Write one looping animation of the kinds side by side."""
     data = plots.gif_bytes(values)
     height, width = plots.gif_size(data)
-    summary = summary_pb2.Summary(
+    summary = _Summary(
       value=[
-        summary_pb2.Summary.Value(
+        _Summary.Value(
           tag='clips',
-          image=summary_pb2.Summary.Image(
+          image=_Summary.Image(
             height=height,
             width=width,
             colorspace=3,
@@ -388,6 +391,7 @@ class TensorBoardWriter(Writer):
         )
       ]
     )
+    assert self._writer.file_writer is not None
     self._writer.file_writer.add_summary(summary, step)
     self._writer.flush()
 

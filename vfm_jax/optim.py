@@ -132,7 +132,10 @@ def lars(
     row = rows[path]
     if not decay_matrices(path, len(row.shape) - row.stacked):
       return u
-    one = lambda u, p: ratio.update(u, optax.EmptyState(), p)[0]  # noqa: E731
+
+    def one(u: jax.Array, p: jax.Array) -> Any:
+      return ratio.update(u, optax.EmptyState(), p)[0]
+
     return (jax.vmap(one) if row.stacked else one)(u, p)
 
   return optax.chain(
@@ -311,7 +314,7 @@ def _stateless(
     rest = (params,) if needs_params else ()
     return trees.map_with_path(fn, updates, *rest), state
 
-  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale(rows: Rows) -> optax.GradientTransformation:
@@ -340,8 +343,11 @@ def _decay(
 
   if not callable(weight_decay):
     return optax.GradientTransformation(
-      lambda _: optax.EmptyState(),
-      lambda u, state, params=None: (added(u, params, None), state),
+      lambda params: optax.EmptyState(),
+      lambda updates, state, params=None: (
+        added(updates, params, None),
+        state,
+      ),
     )
 
   def update(updates, state, params=None):
@@ -350,5 +356,5 @@ def _decay(
     return added(updates, params, value), new
 
   return optax.GradientTransformation(
-    lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
   )

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen import spmd
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from vfm_jax import trees
@@ -85,7 +86,10 @@ class Mesh:
 
 
 def make_mesh(
-  cfg: Mesh, devices: Sequence[jax.Device] | None = None
+  cfg: Mesh,
+  # To a checker, JAX's class of devices is a variable.
+  devices: Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
+  | None = None,
 ) -> jax.sharding.Mesh:
   """Build the mesh over `devices`, all of them by default."""
   devices = jax.devices() if devices is None else list(devices)
@@ -277,7 +281,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Constrain the layout of `x` by the logical name of each axis."""
   if len(names) != x.ndim:
     raise ShardingError(f'{len(names)} names {names} for an array of {x.shape}')
-  return nn.with_logical_constraint(x, names)
+  return spmd.with_logical_constraint(x, names)
 
 
 def device_bytes(leaf: Any, sharding: NamedSharding) -> int:

@@ -19,8 +19,7 @@ PyTree = Any
 Metrics = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Hold all that a run needs to go on, bit for bit.
 
   Attributes:
@@ -49,7 +48,7 @@ def ema_key(decay: float) -> str:
 
 
 def init_params(
-  objective: base.Objective, seed: int, batch: base.Batch
+  objective: base.Objective, seed: jax.Array | int, batch: base.Batch
 ) -> tuple[PyTree, PyTree]:
   """Return the objective's (params, extra) for a seed; jit or eval_shape."""
   return objective.init(_stream(jax.random.key(seed), 'init'), batch)
@@ -58,7 +57,7 @@ def init_params(
 def init_state(
   objective: base.Objective,
   tx: optax.GradientTransformation,
-  seed: int,
+  seed: jax.Array | int,
   batch: base.Batch,
   *,
   ema: Sequence[float] = (),

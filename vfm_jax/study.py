@@ -51,7 +51,7 @@ def _table(runs: Sequence[dict[str, float]], seeds: Sequence[int]) -> str:
     for name in runs[0]
     if name.endswith('/last') and name.count('/') == 2
   )
-  rows = [('metric', 'at init', 'trained', 'baseline')]
+  rows: list[tuple[str, ...]] = [('metric', 'at init', 'trained', 'baseline')]
   rows.append(('loss', *(_spread(runs, f'loss/{w}') for w in _ENDS), ''))
   for name in names:
     if _BASELINE in name:

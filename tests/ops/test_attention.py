@@ -28,9 +28,12 @@ def test_matches_the_reference_forward_and_backward(n, m):
     return out, jax.jit(jax.grad(loss, (0, 1, 2)))(*args)
 
   got, want = run(att.attention), run(att.reference_attention)
+  # Gradients of k and v sum over all queries (up to 35 here), in another
+  # order in blocks: float32 errors grow with the largest sum. 8e-7 of it is
+  # the most that was seen.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(
-      a, b, atol=1e-5 * max(1.0, np.abs(b).max())
+      a, b, rtol=0, atol=2e-6 * np.abs(b).max()
     ),
     got,
     want,

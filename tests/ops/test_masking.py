@@ -61,6 +61,30 @@ def test_running_cell_draws_all_phases():
   assert {m.tobytes() for m in mask} == known
 
 
+def test_future_hides_the_last_slices():
+  mask = np.asarray(masking.future(KEYS, (4, 2, 3), ratio=0.5))
+  np.testing.assert_array_equal(mask, np.arange(24)[None] >= [[12]] * 4)
+  assert not np.asarray(masking.future(KEYS, (4, 1, 1), ratio=0.49))[:, 2].any()
+
+
+def test_either_draws_one_of_two_masks_for_each_example():
+  grid, keys = (4, 2, 2), jax.random.split(jax.random.key(1), 400)
+  first = partial(masking.future, ratio=0.5)
+  second = partial(masking.random, ratio=0.5)
+  mask = np.asarray(
+    masking.either(keys, grid, first=first, second=second, probability=0.25)
+  )
+  assert (mask.sum(1) == 8).all()
+  is_future = (mask == np.asarray(first(keys, grid))).all(1)
+  assert 0.15 < is_future.mean() < 0.35
+  np.testing.assert_array_equal(
+    mask[:5],
+    masking.either(
+      keys[:5], grid, first=first, second=second, probability=0.25
+    ),
+  )
+
+
 def test_num_hidden_is_static_under_jit():
   sampler = partial(masking.tube, ratio=0.5)
 
@@ -78,6 +102,15 @@ def test_num_hidden_is_static_under_jit():
     (
       lambda: masking.running_cell(KEYS, (2, 3, 4)),
       'even token grid, found 3x4; .*`objective.encoder.patch`',
+    ),
+    (
+      lambda: masking.either(
+        KEYS,
+        (3, 2, 2),
+        first=partial(masking.future, ratio=0.5),
+        second=partial(masking.random, ratio=0.5),
+      ),
+      'found 4 by `first` and 6 by `second`',
     ),
     (
       lambda: masking.tube(KEYS, (2, 2, 2), ratio=1.5),

@@ -56,7 +56,8 @@ def resize(frames: np.ndarray, height: int, width: int) -> np.ndarray:
   out = np.empty((len(frames), height, width, 3), np.uint8)
   for t, frame in enumerate(frames):
     image = PIL.Image.fromarray(frame)
-    out[t] = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    out[t] = np.asarray(image)
   return out
 
 

@@ -98,7 +98,7 @@ class PyAVReader(video.Reader):
 
   def read(self, indices: np.ndarray) -> np.ndarray:
     """Return uint8 [n, H, W, 3] frames; see `Reader`."""
-    import av
+    import av.error
 
     indices = self.checked(indices).tolist()
     unique = sorted(set(indices))
@@ -113,7 +113,7 @@ class PyAVReader(video.Reader):
         # Not an ordinary file, or a seek that landed late: from the start.
         self.close()
         self._decode(missing, frames, None)
-    except av.FFmpegError as e:
+    except av.error.FFmpegError as e:
       raise video.DecodeError(self._name, f'corrupt: {e}') from e
     for i in unique:
       if i not in frames:
@@ -183,11 +183,13 @@ class EncodedReader(PyAVReader):
 
 def _open(file: str | bytes, name: str):
   """Open a container, or say why it is no video."""
-  import av
+  import av.error
 
   try:
-    container = av.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-  except av.FFmpegError as e:
+    container = av.open(
+      io.BytesIO(file) if isinstance(file, bytes) else file, 'r'
+    )
+  except av.error.FFmpegError as e:
     raise video.DecodeError(
       name, f'not a video, or truncated before its index: {e}'
     ) from e
@@ -212,7 +214,7 @@ def _cached_index(path: str, size: int, mtime_ns: int) -> _Index:
 
 def _index(file: str | bytes, name: str) -> _Index:
   """Walk the packets of a file; decode it where they don't tell the frames."""
-  import av
+  import av.error
 
   with _open(file, name) as container:
     stream = container.streams.video[0]
@@ -222,7 +224,7 @@ def _index(file: str | bytes, name: str) -> _Index:
         for p in container.demux(stream)
         if p.size
       ]
-    except av.FFmpegError as e:
+    except av.error.FFmpegError as e:
       raise video.DecodeError(name, f'truncated or corrupt: {e}') from e
     promised = stream.frames if 'mp4' in container.format.name else 0
     if len(packets) < promised:
@@ -268,10 +270,10 @@ def _index(file: str | bytes, name: str) -> _Index:
 
 def _count(file: str | bytes, name: str) -> int:
   """Count the frames that decoding gives."""
-  import av
+  import av.error
 
   with _open(file, name) as container:
     try:
       return sum(1 for _ in container.decode(video=0))
-    except av.FFmpegError as e:
+    except av.error.FFmpegError as e:
       raise video.DecodeError(name, f'truncated or corrupt: {e}') from e

@@ -178,7 +178,7 @@ def videomae_dense_test(
   listed = np.arange(0, num_frames, stride, dtype=np.int64)
   listed = np.pad(listed, (0, max(frames - len(listed), 0)), mode='edge')
   step = max((len(listed) - frames) / max(clips - 1, 1), 0)
-  starts = np.asarray([int(k * step) for k in range(clips)])
+  starts = np.asarray([int(k * step) for k in range(clips)], np.int64)
   return listed[starts[:, None] + np.arange(frames)]
 
 

@@ -31,7 +31,9 @@ def pack(source: folder.FolderCSV, out: str, shards: int = 1) -> dict:
     FileExistsError: `out` exists already.
     ValueError: no video of the source is usable, or fewer than shards.
   """
-  from array_record.python import array_record_module
+  from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+  )
 
   target = pathlib.Path(out)
   if target.exists():

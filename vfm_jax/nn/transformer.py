@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
 
 from vfm_jax.nn import layers
 from vfm_jax.ops.attention import attention
@@ -99,7 +100,7 @@ class _QKV(nn.Module):
       return self.kernel_init(rng, (dim, 3 * dim)).reshape(shape)
 
     kernel = self.param('kernel', init, (dim, *shape))
-    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     out = [
       (x @ kernel[:, i].reshape(dim, dim)).reshape(*x.shape[:-1], *shape[1:])
       for i in range(3)
@@ -194,10 +195,11 @@ class Stack(nn.Module):
   def setup(self):
     """Make the submodules (called by Flax)."""
     template = self.block.clone(parent=None, name=None)
-    if self.scan:
-      self.blocks = template.clone()
-    else:
-      self.blocks = [template.clone() for _ in range(self.depth)]
+    self.blocks: Any = (
+      template.clone()
+      if self.scan
+      else [template.clone() for _ in range(self.depth)]
+    )
 
   def __call__(
     self,
@@ -244,7 +246,7 @@ class Stack(nn.Module):
         outputs.append(x)
       return x, [outputs[i] for i in taps]
 
-    def step(block, x, layer, rate):
+    def step(block, x, layer, rate) -> tuple[jax.Array, Any]:
       x = apply(block, x, layer, rate)
       return x, x if taps else None
 

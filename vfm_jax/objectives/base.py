@@ -16,8 +16,7 @@ PyTree = Any
 Batch = Mapping[str, Any]
 
 
-@flax.struct.dataclass
-class LossOut:
+class LossOut(flax.struct.PyTreeNode):
   """Hold the result of a loss evaluation on a (micro-)batch.
 
   Sums and counts, not means, so that gradient accumulation and uneven

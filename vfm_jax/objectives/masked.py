@@ -21,8 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _EPS = 1e-6
 
 
-@flax.struct.dataclass
-class Reconstruction:
+class Reconstruction(flax.struct.PyTreeNode):
   """Hold a forward pass.
 
   Attributes:
@@ -148,7 +147,7 @@ class Masked:
   def embed(self, params: base.PyTree, batch: base.Batch) -> jax.Array:
     """Return the mean of all tokens after the final norm, f32 [B, D]."""
     video = self._normalise(self._pixels(batch))
-    tokens = self.encoder.apply({'params': params['encoder']}, video)
+    tokens = _apply(self.encoder, params['encoder'], video)
     return tokens.astype(jnp.float32).mean(1)
 
   def visualise(
@@ -216,14 +215,16 @@ class Masked:
     encoder_keys, decoder_keys = (
       None if drop_keys is None else _fold(drop_keys, i) for i in range(2)
     )
-    encoded = self.encoder.apply(
-      {'params': params['encoder']},
+    encoded = _apply(
+      self.encoder,
+      params['encoder'],
       self._normalise(video),
       visible_idx,
       encoder_keys,
     )
-    pred = self.decoder.apply(
-      {'params': params['decoder']},
+    pred = _apply(
+      self.decoder,
+      params['decoder'],
       encoded,
       visible_idx,
       target_idx,
@@ -250,7 +251,7 @@ class Masked:
     weight = jnp.take_along_axis(mask, target_idx, axis=1)
     return visible_idx, target_idx, weight.astype(jnp.float32)
 
-  def _decoder_shape(self, video, grid):
+  def _decoder_shape(self, video, grid) -> dict[str, Any]:
     t, h, w = self.encoder.patch_shape
     return dict(
       features=t * h * w * video.shape[-1],
@@ -276,6 +277,10 @@ class Masked:
   def _normalise(self, video):
     mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
     return (video - mean) / std
+
+
+def _apply(module, params, *args, **kwargs) -> Any:
+  return module.apply({'params': params}, *args, **kwargs)
 
 
 def _fold(keys, data):

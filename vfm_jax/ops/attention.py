@@ -138,9 +138,9 @@ def reference_attention(
 ) -> jax.Array:
   """Compute attention in the plainest way: the oracle of every test."""
   mask = _join(mask, segment_ids)
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  factor = q.shape[-1] ** -0.5 if scale is None else scale
   q, k, v, dtype = *(x.astype(jnp.float32) for x in (q, k, v)), q.dtype
-  logits = scale * jnp.einsum('bnhd,bmhd->bhnm', q, k, precision='highest')
+  logits = factor * jnp.einsum('bnhd,bmhd->bhnm', q, k, precision='highest')
   mask = jnp.broadcast_to(True if mask is None else mask, logits.shape)
   top = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30)
   weight = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)

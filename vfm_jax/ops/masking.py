@@ -60,6 +60,53 @@ def random_from_order(
   return order >= n - _num_hidden(n, ratio)
 
 
+def future(keys: jax.Array, grid: Grid, *, ratio: float = 0.5) -> jax.Array:
+  """Hide the last floor(ratio * T') time slices of every example.
+
+  What is hidden can only be extrapolated, which takes the motion of what is
+  visible; `tube` and `random` can be filled in from both sides of time.
+  """
+  slices = jnp.arange(grid[0]).repeat(grid[1] * grid[2])
+  hidden = slices >= grid[0] - _num_hidden(grid[0], ratio)
+  return jnp.broadcast_to(hidden, (keys.shape[0], hidden.size))
+
+
+def either(
+  keys: jax.Array,
+  grid: Grid,
+  *,
+  first: Sampler,
+  second: Sampler,
+  probability: float = 0.5,
+) -> jax.Array:
+  """Draw for each example the mask of one of two samplers.
+
+  Args:
+    keys: one key an example, [B].
+    grid: (T', H', W').
+    first: sampler that is used with `probability`.
+    second: sampler that is used otherwise.
+    probability: of the first, in [0, 1].
+
+  Raises:
+    ValueError: the two hide different numbers of tokens.
+  """
+  counts = [
+    num_hidden(s, grid, path=f'objective.mask.{name}')
+    for s, name in ((first, 'first'), (second, 'second'))
+  ]
+  if counts[0] != counts[1]:
+    raise ValueError(
+      '`objective.mask`: the two samplers must hide equally many tokens, '
+      f'found {counts[0]} by `first` and {counts[1]} by `second` on the grid '
+      f'{grid}; change one of their ratios'
+    )
+  draw = jax.vmap(jax.random.split)(keys)
+  choice = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(draw[:, 0])
+  masks = first(draw[:, 1], grid), second(draw[:, 1], grid)
+  return jnp.where(choice[:, None], *masks)
+
+
 def running_cell(
   keys: jax.Array, grid: Grid, *, ratio: float = 0.5
 ) -> jax.Array:

@@ -52,7 +52,8 @@ def token_grid(
         f'{size} in a video of shape {tuple(shape)}; change `{path}.{field}` '
         'or the clip that `data` makes'
       )
-  return tuple(s // p for s, p in zip(shape[1:4], patch, strict=True))
+  (t, h, w), (p0, p1, p2) = shape[1:4], patch
+  return t // p0, h // p1, w // p2
 
 
 def patchify(video: jax.Array, patch: Grid) -> jax.Array:

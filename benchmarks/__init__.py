@@ -1,0 +1,1 @@
+"""Measure the library against its peers; `python -m benchmarks` runs all."""

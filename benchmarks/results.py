@@ -1,0 +1,108 @@
+"""Hold measured times, and print them as ratios."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+  """Summarise per-round ratios: their median and quartiles."""
+
+  median: float
+  low: float
+  high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Hold the times of several contestants over the same rounds.
+
+  Attributes:
+    title: what one unit of work is.
+    reference: the contestant that the others are divided by.
+    seconds: seconds a unit of work, one entry a round, by contestant.
+    bars: largest ratio that is accepted, by contestant.
+    notes: conditions of the measurement, for the reader of the table.
+    info: what the contestants said about themselves.
+  """
+
+  title: str
+  reference: str
+  seconds: Mapping[str, Sequence[float]]
+  bars: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  notes: str = ''
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.reference not in self.seconds:
+      raise ValueError(
+        f'the reference {self.reference!r} of {self.title!r} was not measured; '
+        f'there is {sorted(self.seconds)}'
+      )
+    rounds = {name: len(times) for name, times in self.seconds.items()}
+    if len(set(rounds.values())) != 1 or not rounds[self.reference]:
+      raise ValueError(
+        f'{self.title!r} needs the same number of rounds, at least 1, of '
+        f'every contestant, found {rounds}'
+      )
+
+  def ratio(self, name: str) -> Ratio:
+    """Return the time of a contestant over the reference's.
+
+    Times are divided within each round, so that a drift of the machine that
+    is slower than a round cancels.
+    """
+    pairs = zip(self.seconds[name], self.seconds[self.reference], strict=True)
+    ratios = [time / reference for time, reference in pairs]
+    if len(ratios) == 1:
+      return Ratio(ratios[0], ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4, method='inclusive')
+    return Ratio(median, low, high)
+
+  def missed(self) -> list[str]:
+    """Return the contestants that are slower than their bar."""
+    return [n for n, bar in self.bars.items() if self.ratio(n).median > bar]
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+  """Return one markdown table of time ratios; lower is better."""
+  lines = [
+    '| work | contestant | ms | time over reference | quartiles | bar |',
+    '|---|---|---|---|---|---|',
+  ]
+  for c in comparisons:
+    for name, times in c.seconds.items():
+      ms = 1000 * statistics.median(times)
+      ratio = c.ratio(name)
+      bar = ''
+      if name in c.bars:
+        met = 'met' if name not in c.missed() else 'MISSED'
+        bar = f'≤ {c.bars[name]:g} {met}'
+      if name == c.reference:
+        shown, spread = '1 (reference)', ''
+      else:
+        shown = f'{ratio.median:.3f}'
+        spread = f'{ratio.low:.3f}–{ratio.high:.3f}'
+      lines.append(
+        f'| {c.title} | {name} | {ms:.4g} | {shown} | {spread} | {bar} |'
+      )
+  lines.append('')
+  for c in comparisons:
+    rounds = len(c.seconds[c.reference])
+    lines.append(f'{c.title}: {rounds} interleaved rounds. {c.notes}'.rstrip())
+    lines.append('')
+  return '\n'.join(lines)
+
+
+def write(path: pathlib.Path, comparisons: Sequence[Comparison]) -> None:
+  """Write all times and the ratios as JSON."""
+  entries = []
+  for c in comparisons:
+    ratios = {n: dataclasses.asdict(c.ratio(n)) for n in c.seconds}
+    entries.append({**dataclasses.asdict(c), 'ratios': ratios})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + '\n')
