@@ -3,4 +3,6 @@
 # Usage: bash launch/test.sh [pytest arguments]
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements-dev.txt
-exec "$VENV/bin/python" -m pytest -m 'not slow' "$@"
+# Two processes: nearly all of the time is compilation, which uses one core.
+exec "$VENV/bin/python" -m pytest -m 'not slow' -n 2 --dist loadfile \
+  --nbmake "$@"

@@ -25,6 +25,11 @@ def pytest_addoption(parser):
     help='folder of recorded cases (.json with .npz); may be repeated; '
     'default: tests/golden',
   )
+  parser.addoption(
+    '--update-golden',
+    action='store_true',
+    help='record the config texts of the recipes anew',
+  )
 
 
 def pytest_generate_tests(metafunc):

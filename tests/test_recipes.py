@@ -79,7 +79,7 @@ def test_describe_and_two_smoke_steps(name):
   c.data.train.source = config.ref(MovingShapes, count=240_000)
   described = verbs.describe(config.build(c), DEVICES[''])
   assert described.data['num_params'] > 9e7
-  assert described.data['flops_per_step'] > 1e15
+  assert described.data['flops_per_step'] > 2e14
   assert described.data['devices'] == 256
 
   exp = config.build(smoke(load(name)))

@@ -183,7 +183,7 @@ def test_non_finite_steps_stop_the_run_and_name_parameters(recipe, tmp_path):
   exp = experiment(recipe, steps=40, log_every=2, max_skipped=3)
   exp = broken_from(8, exp, np.nan)
   with pytest.raises(
-    train.NonFiniteError, match=r'3 steps in a row up to 11 .*encoder/'
+    train.NonFiniteError, match=r'3 steps in a row up to 11 .*coder/blocks_0'
   ):
     train.train(exp, str(tmp_path))
 

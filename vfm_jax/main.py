@@ -113,7 +113,15 @@ def _workdir() -> str:
 
 
 def _train(exp: Experiment, workdir: str, config) -> None:
+  _keep_compiled(workdir)
   train.train(exp, workdir, config=config)
+
+
+def _keep_compiled(workdir: str) -> None:
+  """Let a resumed run and the next seed of a study start without compiling."""
+  train.check_writable(workdir)
+  if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    runtime.compilation_cache(os.path.join(workdir, 'compiled'))
 
 
 def _eval(exp: Experiment, workdir: str, config) -> None:
@@ -149,6 +157,7 @@ def _convert(exp: Experiment, workdir: str, config) -> None:
 
 def _study(exp: Experiment, workdir: str, config) -> None:
   del exp
+  _keep_compiled(workdir)
   print(study.study(config, workdir, [int(s) for s in _SEEDS.value]))
 
 

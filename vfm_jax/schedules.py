@@ -73,7 +73,7 @@ def warmup_cosine(
   """Warm up linearly to `peak`, then follow half a cosine towards `final`.
 
   After W warm-up steps of S: final + (peak - final) / 2 * (1 + cos(pi * u)),
-  u = (step - W) / (S - W) (SGDR, arXiv:1608.03983, eq. 5). The last step of a
+  u = (step - W) / (S - W) (SGDR, arXiv:1608.03983). The last step of a
   run, S - 1, does not quite reach `final`.
 
   Args:
@@ -107,7 +107,7 @@ def rsqrt(
   """Decay as 1 / sqrt of the step, then cool down linearly to 0.
 
   After the warm-up: peak * sqrt(timescale / (timescale + step - W))
-  (Scaling Vision Transformers, arXiv:2106.04560, section 3.5).
+  (Scaling Vision Transformers, arXiv:2106.04560).
   """
   w = _warmup(total_steps, warmup_steps, warmup_fraction)
   xp, s = _xp(step), _real(step)
@@ -132,7 +132,7 @@ def warmup_stable_decay(
 ) -> Value:
   """Warm up, hold `peak`, then go linearly to `final` over the last steps.
 
-  MiniCPM, arXiv:2404.06395, section 4.2, with a linear last phase.
+  MiniCPM, arXiv:2404.06395, with a linear last phase.
   """
   w = _warmup(total_steps, warmup_steps, warmup_fraction)
   d = _warmup(total_steps, decay_steps, decay_fraction, 'decay')

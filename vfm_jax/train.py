@@ -46,7 +46,7 @@ def train(
     NonFiniteError: `exp.max_skipped` steps in a row were not finite.
     OSError: `workdir` cannot be written.
   """
-  _check_writable(workdir)
+  check_writable(workdir)
   mesh = sharding.make_mesh(exp.mesh)
   shardings = exp.shardings(mesh)
   info = _record(workdir, config)
@@ -107,6 +107,23 @@ def train(
         loop.evaluate(step, state)
     saved.wait()
   return _results(workdir) if jax.process_index() == 0 else {}
+
+
+def check_writable(workdir: str) -> None:
+  """Make the work directory.
+
+  Raises:
+    OSError: it cannot be made or written; names it and the flag.
+  """
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as e:
+    raise OSError(
+      f'cannot write to the work directory {workdir!r} ({e.strerror}); '
+      'change --workdir'
+    ) from e
 
 
 def run_evals(exp: Experiment, params, mesh) -> dict[str, float]:
@@ -253,18 +270,6 @@ class _Silent:
 
   def step(self, step: int) -> None:
     """Do nothing."""
-
-
-def _check_writable(workdir: str) -> None:
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=workdir):
-      pass
-  except OSError as e:
-    raise OSError(
-      f'cannot write to the work directory {workdir!r} ({e.strerror}); '
-      'change --workdir'
-    ) from e
 
 
 def _record(

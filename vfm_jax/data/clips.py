@@ -42,7 +42,8 @@ def uniform(
   """Spread `frames` indices over the whole video, symmetric in time.
 
   The positions are i (n - 1) / (N - 1), rounded in the first half and mirrored
-  in the second; a shorter video repeats frames. TWLV-I report, section 3.
+  in the second; a shorter video repeats frames. TWLV-I report
+  (arXiv:2408.11318).
 
   Returns:
     int64 [frames], ascending.
@@ -74,7 +75,7 @@ def multi_clip(
 
   Window k covers [k s, k s + w] seconds, k < floor((d - w) / s) + 1 for a video
   of d seconds. A video shorter than a window is one window, of its length.
-  TWLV-I report, section 3; w = 2 s there for recognition.
+  TWLV-I report (arXiv:2408.11318); w = 2 s there for recognition.
 
   Args:
     num_frames: frames in the video.

@@ -29,7 +29,7 @@ class Dims:
   patch: int = 16
 
 
-# VideoMAE (2022), table 8, and VideoMAE V2 (2023), table 1.
+# VideoMAE (arXiv:2203.12602) and, for g, VideoMAE V2 (arXiv:2303.16727).
 SIZES = {
   'S': Dims(384, 12, 6),
   'B': Dims(768, 12, 12),

@@ -17,7 +17,7 @@ class PixelDecoder(nn.Module):
 
   The input is [visible ; mask tokens], each with its position, not put back
   into raster order; the rows of the mask tokens are the output (VideoMAE,
-  section 3.3).
+  arXiv:2203.12602).
 
   Attributes:
     width: features of a token.

@@ -46,8 +46,8 @@ class Masked:
 
   The loss is the squared error, averaged over the features of a token and
   over all tokens of the batch that are decoded and hidden from the encoder:
-  VideoMAE (Tong et al. 2022), eq. 1, and with `decoder_mask` the dual masking
-  of VideoMAE V2 (Wang et al. 2023), eq. 6.
+  the loss of VideoMAE (arXiv:2203.12602), and with `decoder_mask` the dual
+  masking of VideoMAE V2 (arXiv:2303.16727).
 
   Attributes:
     encoder: encoder of the visible tokens; must return normalised tokens.

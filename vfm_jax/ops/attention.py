@@ -221,7 +221,7 @@ def _blocked_forward(q, k, v):
 
 def _blocked_backward(saved, grad):
   # The weights are computed again from the saved log-sum-exp of their logits
-  # (Dao et al. 2022, algorithm 4).
+  # (FlashAttention, arXiv:2205.14135).
   q, k, v, out, normaliser = saved
 
   def block(carry, x):

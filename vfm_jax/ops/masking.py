@@ -16,7 +16,7 @@ Sampler = Callable[[jax.Array, Grid], jax.Array]
 
 
 def tube(keys: jax.Array, grid: Grid, *, ratio: float = 0.9) -> jax.Array:
-  """Hide the same cells in every time slice (VideoMAE, section 3.3).
+  """Hide the same cells in every time slice (VideoMAE).
 
   floor(ratio * H'W') cells are hidden in each slice; with T' = 1 it is the
   mask of an image.
@@ -110,7 +110,7 @@ def either(
 def running_cell(
   keys: jax.Array, grid: Grid, *, ratio: float = 0.5
 ) -> jax.Array:
-  """Hide a pattern of 2x2 cells that moves on with time (VideoMAE V2, 3.2).
+  """Hide a pattern of 2x2 cells that moves on with time (VideoMAE V2).
 
   The mask of the decoder: True = not decoded. Each example draws one of the
   four phases of `running_cell_patterns`.
