@@ -5,8 +5,8 @@ import pytest
 
 from vfm_jax.ops import attention as att
 
-GPU = att.Spec('gpu', 'bfloat16', head_dim=64, queries=160)
-CPU = att.Spec('cpu', 'float32', head_dim=64, queries=1568)
+GPU = att.Spec('gpu', 'bfloat16', head_dim=64)
+CPU = att.Spec('cpu', 'float32', head_dim=64)
 
 
 def qkv(n, m=None, heads=2, dim=8):
@@ -67,7 +67,7 @@ def test_bfloat16_keeps_its_type_and_accumulates_in_float32():
   args = qkv(300)
   small = [x.astype(jnp.bfloat16) for x in args]
   want = att.reference_attention(*(x.astype(jnp.float32) for x in small))
-  for impl in ('xla', 'xla_blocked'):
+  for impl in ('auto', 'xla'):
     got = att.attention(*small, impl=impl)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=2e-2)
@@ -76,23 +76,23 @@ def test_bfloat16_keeps_its_type_and_accumulates_in_float32():
 def test_resolve_takes_the_first_that_accepts():
   assert att.resolve(GPU)[0].name == 'cudnn'
   chosen, refusals = att.resolve(CPU)
-  assert chosen.name == 'xla_blocked'
+  assert chosen.name == 'xla_saved'
   assert 'needs a GPU' in refusals['cudnn']
-  chosen, refusals = att.resolve(att.Spec('tpu', 'bfloat16', 64, 1568))
+  chosen, refusals = att.resolve(att.Spec('tpu', 'bfloat16', 64))
   assert chosen.name == 'xla'
-  assert set(refusals) == {'cudnn', 'xla_blocked'}
+  assert set(refusals) == {'cudnn', 'xla_saved'}
 
 
 @pytest.mark.parametrize(
   ('spec', 'impl', 'message'),
   [
     (CPU, 'cudnn', 'needs a GPU, found cpu'),
-    (att.Spec('gpu', 'float32', 64, 8), 'cudnn', 'found float32'),
-    (att.Spec('gpu', 'bfloat16', 44, 8), 'cudnn', 'head_dim that 8 divides'),
-    (att.Spec('gpu', 'bfloat16', 64, 8, True), 'cudnn', 'takes no mask'),
-    (att.Spec('cpu', 'float32', 64, 999, True), 'xla_blocked', 'no mask'),
-    (att.Spec('cpu', 'float32', 64, 9), 'xla_blocked', 'more than 256'),
-    (GPU, 'xla_blocked', 'is for the CPU'),
+    (att.Spec('gpu', 'float32', 64), 'cudnn', 'found float32'),
+    (att.Spec('gpu', 'bfloat16', 44), 'cudnn', 'head_dim that 8 divides'),
+    (att.Spec('gpu', 'bfloat16', 64, True), 'cudnn', 'takes no mask'),
+    (att.Spec('cpu', 'float32', 64, True), 'xla_saved', 'no mask'),
+    (att.Spec('cpu', 'bfloat16', 64), 'xla_saved', 'needs float32'),
+    (GPU, 'xla_saved', 'is for the CPU'),
     (CPU, 'flash', "one of .*found 'flash'"),
   ],
 )

@@ -10,9 +10,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-# Most rows of logits that `xla_blocked` has at a time.
-_BLOCK = 256
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -22,14 +19,12 @@ class Spec:
     platform: 'cpu', 'gpu' or 'tpu'.
     dtype: name of the element type of q, k and v.
     head_dim: features of one head.
-    queries: number of query tokens.
     masked: whether a mask or segment ids are given.
   """
 
   platform: str
   dtype: str
   head_dim: int
-  queries: int
   masked: bool = False
 
 
@@ -85,7 +80,6 @@ def attention(
     platform=jax.default_backend(),
     dtype=jnp.dtype(q.dtype).name,
     head_dim=q.shape[-1],
-    queries=q.shape[1],
     masked=mask is not None,
   )
   scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -178,69 +172,53 @@ def _run_cudnn(q, k, v, mask, scale):
   )
 
 
-def _refuse_blocked(spec: Spec) -> str | None:
+def _refuse_saved(spec: Spec) -> str | None:
   if spec.platform != 'cpu':
     return f'is for the CPU, found {spec.platform}'
+  if spec.dtype != 'float32':
+    return f'needs float32, found {spec.dtype}'
   if spec.masked:
     return 'takes no mask'
-  if spec.queries <= _BLOCK:
-    return f'needs more than {_BLOCK} queries, found {spec.queries}'
   return None
 
 
-def _run_blocked(q, k, v, mask, scale):
-  """Loop over blocks of queries: the logits stay in the cache of the CPU."""
+def _run_saved(q, k, v, mask, scale):
   del mask  # refused
-  b, n, h, d = q.shape
-  blocks = -(-n // _BLOCK)
-  rows = -(-n // blocks)
-  q = jnp.pad(q * scale, ((0, 0), (0, blocks * rows - n), (0, 0), (0, 0)))
-  q = q.reshape(b, blocks, rows, h, d).transpose(1, 0, 3, 2, 4)
-  out = _blocked(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-  return out.transpose(1, 0, 3, 2, 4).reshape(b, -1, h, d)[:, :n]
+  q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+  return _saved(q, k, v).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def _blocked(q, k, v):
-  """Attend q [blocks, B, H, rows, D] to k and v [B, H, M, D]."""
-  return _blocked_forward(q, k, v)[0]
+def _saved(q, k, v):
+  """Attend with q [B, H, N, D], already scaled, to k and v [B, H, M, D].
+
+  On CPU the passes over the N x M weights cost as much as the products. The
+  weights stay without their normaliser, which goes to the outputs instead, and
+  are saved for a backward pass that touches them three times.
+  """
+  return _saved_forward(q, k, v)[0]
 
 
-def _blocked_forward(q, k, v):
-  def block(q):
-    logits = _dot('bhnd,bhmd->bhnm', q, k)
-    top = logits.max(-1, keepdims=True)
-    weight = jnp.exp(logits - top)
-    total = weight.sum(-1, keepdims=True)
-    out = _dot('bhnm,bhmd->bhnd', weight.astype(v.dtype), v) / total
-    return out.astype(q.dtype), top + jnp.log(total)
-
-  out, normaliser = jax.lax.map(block, q)
-  return out, (q, k, v, out, normaliser)
+def _saved_forward(q, k, v):
+  logits = _dot('bhnd,bhmd->bhnm', q, k)
+  weight = jnp.exp(logits - logits.max(-1, keepdims=True))
+  inverse = 1.0 / weight.sum(-1, keepdims=True)
+  out = _dot('bhnm,bhmd->bhnd', weight, v) * inverse
+  return out, (q, k, v, weight, inverse, out)
 
 
-def _blocked_backward(saved, grad):
-  # The weights are computed again from the saved log-sum-exp of their logits
-  # (FlashAttention, arXiv:2205.14135).
-  q, k, v, out, normaliser = saved
-
-  def block(carry, x):
-    dk, dv = carry
-    q, out, normaliser, grad = x
-    weight = jnp.exp(_dot('bhnd,bhmd->bhnm', q, k) - normaliser)
-    inner = (grad * out).sum(-1, keepdims=True, dtype=jnp.float32)
-    dlogits = weight * (_dot('bhnd,bhmd->bhnm', grad, v) - inner)
-    dv += _dot('bhnm,bhnd->bhmd', weight.astype(v.dtype), grad)
-    dlogits = dlogits.astype(q.dtype)
-    dk += _dot('bhnm,bhnd->bhmd', dlogits, q)
-    return (dk, dv), _dot('bhnm,bhmd->bhnd', dlogits, k).astype(q.dtype)
-
-  start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-  (dk, dv), dq = jax.lax.scan(block, start, (q, out, normaliser, grad))
-  return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+def _saved_backward(saved, grad):
+  q, k, v, weight, inverse, out = saved
+  grad = grad * inverse
+  inner = (grad * out).sum(-1, keepdims=True)
+  dv = _dot('bhnm,bhnd->bhmd', weight, grad)
+  dlogits = weight * (_dot('bhnd,bhmd->bhnm', grad, v) - inner)
+  dq = _dot('bhnm,bhmd->bhnd', dlogits, k)
+  dk = _dot('bhnm,bhnd->bhmd', dlogits, q)
+  return dq, dk, dv
 
 
-_blocked.defvjp(_blocked_forward, _blocked_backward)
+_saved.defvjp(_saved_forward, _saved_backward)
 
 
 def _run_xla(q, k, v, mask, scale):
@@ -261,6 +239,6 @@ def _dot(equation, a, b):
 
 IMPLEMENTATIONS = (
   Implementation('cudnn', _refuse_cudnn, _run_cudnn),
-  Implementation('xla_blocked', _refuse_blocked, _run_blocked),
+  Implementation('xla_saved', _refuse_saved, _run_saved),
   Implementation('xla', lambda spec: None, _run_xla),
 )
