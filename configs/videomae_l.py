@@ -20,11 +20,11 @@ def get_config(arg=None):
   base = pathlib.Path(__file__).with_name('videomae_b.py')
   config = load(f'{base}:{arg or ""}')
   accum, fsdp = variant(arg, {'': (1, 8), 'gpu8': (8, 8), 'gpu1': (64, 1)})
-  epochs = 1601
+  epochs, videos = 1601, 240_000
   config.objective.encoder.size = 'L'
   config.objective.decoder.update(width=512, depth=12, heads=8)
   config.optim.lr.warmup_fraction = 40 / epochs
-  config.epochs = float(epochs)
+  config.steps = epochs * videos // config.batch_size
   config.accum = accum
   config.mesh.fsdp = fsdp
   return config

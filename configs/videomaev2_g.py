@@ -23,7 +23,7 @@ def get_config(arg=None):
   accum, fsdp = variant(arg, {'': (1, 16), 'gpu8': (64, 8)})
   base = pathlib.Path(__file__).with_name('videomae_b.py')
   config = load(str(base))
-  videos, crops, epochs = 2048, 4, 300
+  videos, crops, epochs, total = 2048, 4, 300, 1_350_000
   config.objective.encoder.update(size='g', remat='full')
   config.objective.decoder.update(width=512, depth=4, heads=8)
   # The released model gives its decoder the encoder's hidden ratio.
@@ -38,7 +38,7 @@ def get_config(arg=None):
   config.optim.lr.warmup_fraction = 30 / epochs
   config.optim.clip_norm = 0.02
   config.batch_size = videos * crops
-  config.epochs = float(epochs * crops)
+  config.steps = epochs * total // videos
   config.accum = accum
   config.mesh.fsdp = fsdp
   return config
