@@ -193,13 +193,18 @@ class Experiment:
     return sharding.infer(self.abstract_state, mesh, self.rules)
 
   def checkpointer(
-    self, workdir: str, info: Mapping[str, Any] | None = None
+    self,
+    workdir: str,
+    info: Mapping[str, Any] | None = None,
+    *,
+    read_only: bool = False,
   ) -> checkpoint_lib.Checkpointer:
     """Open the checkpoints of a work directory."""
     return checkpoint_lib.Checkpointer(
       f'{workdir}/checkpoints',
       **dataclasses.asdict(self.checkpoint),
       info=info,
+      read_only=read_only,
     )
 
   def first_state(self, shardings: step_lib.TrainState) -> step_lib.TrainState:
@@ -229,7 +234,8 @@ class Experiment:
     Raises:
       CheckpointError: there is none, or it is of another model.
     """
-    with self.checkpointer(workdir) as saved:
+    # A run may be writing there: its unfinished saves are not ours to clear.
+    with self.checkpointer(workdir, read_only=True) as saved:
       if saved.latest_step() is None:
         raise checkpoint_lib.CheckpointError(
           f'no checkpoint in {workdir}/checkpoints; train first, or change '
