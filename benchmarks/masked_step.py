@@ -19,8 +19,10 @@ BARS = {'vfm_jax': 0.95}
 
 # As launch/setup.sh sets for users: glibc keeps the memory of a step.
 KEEP_MEMORY = {
+  'MALLOC_ARENA_MAX': '1',
   'MALLOC_MMAP_THRESHOLD_': '8589934592',
   'MALLOC_TRIM_THRESHOLD_': '17179869184',
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
 }
 RETURN_MEMORY = dict.fromkeys(KEEP_MEMORY)
 

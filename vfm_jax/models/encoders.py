@@ -170,7 +170,7 @@ class VideoViT(nn.Module):
       )
     if self.num_classes:
       std = 0.02 * self.head_scale
-      self.head = nn.Dense(
+      self.head = layers.Dense(
         self.num_classes,
         dtype='float32',
         kernel_init=layers.trunc_normal(std, 2.0 * self.head_scale),

@@ -96,7 +96,7 @@ class PixelDecoder(nn.Module):
     """
     # The two ends keep the defaults of the released code: U(+-1/sqrt(D)) for
     # the projection, Xavier for the head.
-    x = nn.Dense(
+    x = layers.Dense(
       self.width,
       use_bias=False,
       dtype=self.dtype,
@@ -122,7 +122,7 @@ class PixelDecoder(nn.Module):
     x, _ = self.stack(x, keys)
     x = x[:, visible.shape[1] :]
     x = layers.LayerNorm(self.norm_eps, self.dtype, name='norm')(x)
-    x = nn.Dense(
+    x = layers.Dense(
       features,
       dtype=self.dtype,
       kernel_init=layers.xavier_uniform(),

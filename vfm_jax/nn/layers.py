@@ -1,5 +1,6 @@
 """Provide the small layers and initialisers of vision transformers."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vfm_jax.ops import linear
+
 Dtype = Any
+
+Dense = functools.partial(nn.Dense, dot_general=linear.dot_general)
 
 
 def xavier_uniform() -> nn.initializers.Initializer:
@@ -100,7 +105,7 @@ class PatchEmbed(nn.Module):
     kernel = self.param('kernel', init, (patches.shape[-1], self.width))
     bias = self.param('bias', init, (self.width,))
     kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
-    return patches.astype(self.dtype) @ kernel + bias
+    return linear.matmul(patches.astype(self.dtype), kernel) + bias
 
 
 class Mlp(nn.Module):
@@ -120,6 +125,6 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [..., D] of x [..., D]."""
     shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-    h = nn.Dense(self.width, name='fc1', **shared)(x)
+    h = Dense(self.width, name='fc1', **shared)(x)
     h = jax.nn.gelu(h, approximate=False)
-    return nn.Dense(x.shape[-1], name='fc2', **shared)(h)
+    return Dense(x.shape[-1], name='fc2', **shared)(h)

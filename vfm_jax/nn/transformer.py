@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from vfm_jax.nn import layers
+from vfm_jax.ops import linear
 from vfm_jax.ops.attention import attention
 
 QkvBias = Literal['none', 'qv', 'full']
@@ -73,7 +74,7 @@ class Attention(nn.Module):
       k = _unit(k).astype(k.dtype)
       scale = 1.0
     out = attention(q, k, v, scale=scale, impl=self.impl)
-    return nn.Dense(
+    return layers.Dense(
       dim, dtype=self.dtype, kernel_init=self.kernel_init, name='proj'
     )(out.reshape(b, n, dim))
 
@@ -102,7 +103,9 @@ class _QKV(nn.Module):
     kernel = self.param('kernel', init, (dim, *shape))
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     out = [
-      (x @ kernel[:, i].reshape(dim, dim)).reshape(*x.shape[:-1], *shape[1:])
+      linear.matmul(x, kernel[:, i].reshape(dim, dim)).reshape(
+        *x.shape[:-1], *shape[1:]
+      )
       for i in range(3)
     ]
     if self.use_bias:
