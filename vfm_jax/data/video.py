@@ -109,13 +109,13 @@ class Video:
 
 
 class ArrayReader(Reader):
-  """Serve frames uint8 [N, H, W, 3] that are in memory."""
+  """Serve frames uint8 [N, H, W, C] that are in memory."""
 
   def __init__(self, frames: np.ndarray, fps: float, name: str = 'array'):
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+    if frames.ndim != 4 or frames.dtype != np.uint8:
       raise DecodeError(
         name,
-        'frames must be uint8 [N, H, W, 3], got '
+        'frames must be uint8 [N, H, W, C], got '
         f'{frames.dtype} {list(frames.shape)}',
       )
     if not len(frames):
@@ -125,7 +125,7 @@ class ArrayReader(Reader):
     self.fps = float(fps)
 
   def read(self, indices: np.ndarray) -> np.ndarray:
-    """Return uint8 [n, H, W, 3] frames; see `Reader`."""
+    """Return uint8 [n, H, W, C] frames; see `Reader`."""
     return self._frames[self.checked(indices)]
 
 
