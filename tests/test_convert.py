@@ -1,3 +1,4 @@
+import argparse
 import json
 import pathlib
 
@@ -98,6 +99,20 @@ def test_read_checkpoint(tmp_path):
     np.testing.assert_array_equal(got['a.weight'], state['a.weight'])
   with pytest.raises(ValueError, match=r'expected a checkpoint .*x\.h5'):
     convert.read_checkpoint(tmp_path / 'x.h5')
+
+
+def test_an_entry_of_a_torch_file(tmp_path):
+  torch = pytest.importorskip('torch')
+  weights = {'a.weight': torch.ones(2)}
+  averages = {'module.a.weight': torch.zeros(2)}
+  args = argparse.Namespace(lr=1.0)
+  path = tmp_path / 'x.pt'
+  torch.save({'model': weights, 'ema': averages, 'args': args}, path)
+  for entry, value in ((None, 1.0), ('model', 1.0), ('ema', 0.0)):
+    got = convert.read_checkpoint(path, entry=entry)
+    np.testing.assert_array_equal(got['a.weight'], [value] * 2)
+  with pytest.raises(ValueError, match=r"'delta' in x\.pt, found \['args'"):
+    convert.read_checkpoint(path, entry='delta')
 
 
 def test_torch_files_name_the_extra(tmp_path):

@@ -13,10 +13,11 @@ RANKS = (
   ('ops',),
   ('nn',),
   ('models',),
+  ('samplers', 'solvers', 'guidance', 'sampling'),
   ('objectives',),
   ('step', 'optim', 'schedules', 'multitask'),
   ('evals',),
-  ('experiment', 'train', 'convert', 'study', 'verbs'),
+  ('experiment', 'train', 'convert', 'convert_dit', 'study', 'verbs'),
   ('main',),
 )
 BESIDE = (

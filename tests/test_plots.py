@@ -126,3 +126,34 @@ def test_shapes_must_fit(videos, tmp_path):
     plots.clip_grid(videos, tmp_path / 'g.png')
   with pytest.raises(ValueError, match=r'uint8 \[B, T, H, W, 3\]'):
     plots.gif_bytes(videos)
+
+
+def test_images_go_in_columns(tmp_path):
+  images = clips(b=5, t=1)
+  path = plots.clip_grid(images, tmp_path / 'g.png', frames=4)
+  one = plots.clip_grid(
+    {k: v[:1] for k, v in images.items()}, tmp_path / 'one.png'
+  )
+  with Image.open(path) as four, Image.open(one) as single:
+    assert four.height == single.height
+    assert four.width > 2 * (single.width - 104)
+
+
+def test_sample_grid_shows_each_sample_in_its_place(tmp_path):
+  values = np.arange(5, dtype=np.uint8) * 50
+  samples = np.broadcast_to(values[:, None, None, None, None], (5, 1, 8, 8, 3))
+  path = plots.sample_grid(samples, tmp_path / 's')
+  assert path.suffix == '.png'
+  with Image.open(path) as picture:
+    pixels = np.asarray(picture)
+  cell = (pixels.shape[0] - 2) // 2  # two rows of three columns
+  assert pixels.shape[1] == 2 + 3 * cell
+  seen = [
+    pixels[2 + r * cell + cell // 2, 2 + c * cell + cell // 2, 0]
+    for r, c in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
+  ]
+  assert seen == values.tolist()
+  moving = np.concatenate([samples, 255 - samples], 1)
+  path = plots.sample_grid(moving, tmp_path / 's')
+  with Image.open(path) as animation:
+    assert (path.suffix, animation.n_frames) == ('.gif', 2)

@@ -20,6 +20,7 @@ VARIANTS = {
   'twlv_b': ('', 'gpu8', 'gpu1'),
   'twlv_l': ('', 'gpu8', 'gpu1'),
   'quickstart': ('', 'mocap'),
+  'quickstart_diffusion': ('', 'flow'),
 }
 SPECS = [
   f'{name}:{v}' if v else name for name, vs in VARIANTS.items() for v in vs
@@ -71,7 +72,9 @@ def smoke(c):
   return c
 
 
-@pytest.mark.parametrize('name', [n for n in VARIANTS if n != 'quickstart'])
+@pytest.mark.parametrize(
+  'name', [n for n in VARIANTS if not n.startswith('quickstart')]
+)
 def test_describe_and_two_smoke_steps(name):
   # On a laptop without the videos.
   described = verbs.describe(config.build(load(name)), DEVICES[''])

@@ -21,7 +21,10 @@ from vfm_jax import checkpoint, config, sharding, train
 from vfm_jax.data.pipeline import Pipeline
 
 ROOT = pathlib.Path(__file__).parents[1]
-RECIPES = {'masked': ROOT / 'tests/recipes/tiny_masked.py'}
+RECIPES = {
+  'masked': ROOT / 'tests/recipes/tiny_masked.py',
+  'denoise': ROOT / 'tests/recipes/tiny_denoise.py',
+}
 
 
 @pytest.fixture(params=RECIPES, scope='module')
@@ -183,7 +186,7 @@ def test_non_finite_steps_stop_the_run_and_name_parameters(recipe, tmp_path):
   exp = experiment(recipe, steps=40, log_every=2, max_skipped=3)
   exp = broken_from(8, exp, np.nan)
   with pytest.raises(
-    train.NonFiniteError, match=r'3 steps in a row up to 11 .*coder/blocks_0'
+    train.NonFiniteError, match=r'3 steps in a row up to 11 .*blocks_0'
   ):
     train.train(exp, str(tmp_path))
 

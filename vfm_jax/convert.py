@@ -6,6 +6,7 @@ of the file is used or ignored by a rule that gives its reason, every parameter
 is set, and every shape is checked.
 """
 
+import argparse
 import dataclasses
 import pathlib
 import re
@@ -68,9 +69,34 @@ def from_videomae(
     ConversionError: names each tensor that is missing, of no use, or of a
       shape that does not fit.
   """
+  return fill(state, template, sources, ignore=ignore)
+
+
+def fill(
+  state: State,
+  template: PyTree,
+  find: Callable[[Sequence[str], State], Mapping[str, Source]],
+  *,
+  ignore: Mapping[str, str] | None = None,
+) -> PyTree:
+  """Set every parameter of a template and use every tensor of a checkpoint.
+
+  Args:
+    state: tensors by name.
+    template: parameters, or their shapes, with unrolled or scanned blocks.
+    find: the layout: (parameter paths with unrolled blocks, state) -> where
+      each comes from.
+    ignore: reasons by regular expression, for tensors to leave out.
+
+  Returns:
+    Float32 numpy arrays in the structure of the template.
+
+  Raises:
+    ConversionError: see `from_videomae`.
+  """
   unrolled = jax.eval_shape(transformer.unstack_blocks, template)
   shapes = {path: leaf.shape for path, leaf in trees.path_leaves(unrolled)}
-  wanted = sources(tuple(shapes), state)
+  wanted = find(tuple(shapes), state)
   problems, params, used = [], {}, set()
   for path, source in wanted.items():
     missing = [n for n in source.names if n not in state]
@@ -141,14 +167,21 @@ def sources(paths: Sequence[str], state: State) -> dict[str, Source]:
   return out
 
 
-def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read_checkpoint(
+  path: str | pathlib.Path, *, entry: str | None = None
+) -> dict[str, np.ndarray]:
   """Read the tensors of a .safetensors, .npz, .pt, .pth or .bin file.
 
   Wrappers of torch files ('model', 'module', 'state_dict') and name prefixes
   of wrapped modules are removed.
 
+  Args:
+    path: the file.
+    entry: entry of a torch file that holds the weights, such as 'ema'; None
+      for the first wrapper there is, or the file itself.
+
   Raises:
-    ValueError: another suffix.
+    ValueError: another suffix, or no such entry.
     ImportError: a torch file, and torch is not installed.
   """
   path = pathlib.Path(path)
@@ -161,8 +194,14 @@ def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       state = dict(file)
   elif path.suffix in ('.pt', '.pth', '.bin'):
     torch = require('torch', 'parity')
-    state = torch.load(path, map_location='cpu', weights_only=True)
-    for wrapper in _WRAPPERS:
+    # Trainers save their command line beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      state = torch.load(path, map_location='cpu', weights_only=True)
+    if entry is not None and entry not in state:
+      raise ValueError(
+        f'expected an entry {entry!r} in {path.name}, found {sorted(state)}'
+      )
+    for wrapper in _WRAPPERS if entry is None else (entry,):
       if isinstance(state.get(wrapper), Mapping):
         state = state[wrapper]
         break
@@ -180,6 +219,30 @@ def read_checkpoint(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   return out
 
 
+def transpose(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Return a Linear weight as a kernel; a scale, of one axis, as it is."""
+  del shape
+  return x.T
+
+
+def qkv_kernel(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Return a fused weight as the kernel [D, 3, H, D/H].
+
+  Rows are [q | k | v], each by heads.
+
+  Raises:
+    ValueError: another shape than [3 * D, D].
+  """
+  if x.shape != (np.prod(shape[1:]), shape[0]):
+    raise ValueError
+  return x.T.reshape(shape)
+
+
+def qkv_bias(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Return a fused bias as [3, H, D/H]."""
+  return x.reshape(shape)
+
+
 def _join(tensors):
   return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
@@ -187,22 +250,6 @@ def _join(tensors):
 def _same(x, shape):
   # Tables and tokens of a batch of one: [1, N, D] and [1, 1, D].
   return x.reshape(shape) if x.size == np.prod(shape) and x.ndim > 1 else x
-
-
-def _transpose(x, shape):
-  del shape  # a scale is one axis and stays as it is
-  return x.T
-
-
-def _qkv(x, shape):
-  # Rows are [q | k | v], each by heads: [3*H*D/H, D] to [D, 3, H, D/H].
-  if x.shape != (np.prod(shape[1:]), shape[0]):
-    raise ValueError
-  return x.T.reshape(shape)
-
-
-def _qkv_bias(x, shape):
-  return x.reshape(shape)
 
 
 def _convolution(x, shape):
@@ -219,7 +266,7 @@ def _older_name(name, state):
 
 def _affine(path, name):
   return [
-    (rf'{path}/(?:scale|kernel)', [f'{name}.weight'], _transpose),
+    (rf'{path}/(?:scale|kernel)', [f'{name}.weight'], transpose),
     (rf'{path}/bias', [f'{name}.bias'], _same),
   ]
 
@@ -229,8 +276,8 @@ def _released_rules():
   for part, prefix in (('encoder', '<encoder>'), ('decoder', 'decoder.')):
     block, name = rf'{part}/blocks_(\d+)', rf'{prefix}blocks.\1'
     rules += [
-      (rf'{block}/attn/qkv/kernel', [rf'{name}.attn.qkv.weight'], _qkv),
-      (rf'{block}/attn/qkv/bias', [rf'{name}.attn.qkv.bias'], _qkv_bias),
+      (rf'{block}/attn/qkv/kernel', [rf'{name}.attn.qkv.weight'], qkv_kernel),
+      (rf'{block}/attn/qkv/bias', [rf'{name}.attn.qkv.bias'], qkv_bias),
       (rf'{block}/attn/([qv]_bias)', [rf'{name}.attn.\2'], _same),
       (rf'{block}/attn/log_scale', [rf'{name}.attn.scale'], _same),
       (rf'{block}/(gamma_[12])', [rf'{name}.\2'], _same),
@@ -249,7 +296,7 @@ def _ends(stem):
     ('encoder/patch_embed/kernel', [f'{stem}.weight'], _convolution),
     ('encoder/patch_embed/bias', [f'{stem}.bias'], _same),
     ('encoder/pos_embed', ['<encoder>pos_embed'], _same),
-    ('decoder/embed/kernel', ['encoder_to_decoder.weight'], _transpose),
+    ('decoder/embed/kernel', ['encoder_to_decoder.weight'], transpose),
     ('decoder/mask_token', ['mask_token'], _same),
   )
 
@@ -265,7 +312,7 @@ def _transformers_rules():
     heads = rf'{name}.attention.attention'
     weights = [f'{heads}.{x}.weight' for x in ('query', 'key', 'value')]
     rules += [
-      (rf'{block}/attn/qkv/kernel', weights, _qkv),
+      (rf'{block}/attn/qkv/kernel', weights, qkv_kernel),
       (rf'{block}/attn/q_bias', [f'{heads}.query.bias'], _same),
       (rf'{block}/attn/v_bias', [f'{heads}.value.bias'], _same),
     ]

@@ -1,6 +1,6 @@
 """Turn flags into a config and a config into one verb.
 
-python -m vfm_jax.main [train|eval|embed|describe|convert|study]
+python -m vfm_jax.main [train|eval|embed|sample|describe|convert|study]
   --config=configs/quickstart.py[:variant] [--config.a.b=value ...]
   [--workdir=DIR]
 """
@@ -38,7 +38,16 @@ _SAMPLING = flags.DEFINE_enum(
 _ANNOTATION = flags.DEFINE_string(
   'annotation', None, 'embed: the label that is written as the class.'
 )
-_SOURCE = flags.DEFINE_string('source', None, 'convert: file of weights.')
+_COUNT = flags.DEFINE_integer('count', 64, 'sample: how many to draw.')
+_LABELS = flags.DEFINE_list(
+  'labels', None, 'sample: labels to draw in turn; all of them by default.'
+)
+_SOURCE = flags.DEFINE_string(
+  'source', None, 'convert: file or folder of weights.'
+)
+_ENTRY = flags.DEFINE_string(
+  'entry', None, 'convert: entry of a torch file with the weights, as in ema.'
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, where it is not found alone.'
 )
@@ -141,6 +150,13 @@ def _embed(exp: Experiment, workdir: str, config) -> None:
   print(json.dumps(written, indent=1, sort_keys=True))
 
 
+def _sample(exp: Experiment, workdir: str, config) -> None:
+  del config
+  labels = None if _LABELS.value is None else [int(y) for y in _LABELS.value]
+  written = verbs.sample(exp, workdir, count=_COUNT.value, labels=labels)
+  print(json.dumps({k: str(v) for k, v in written.items()}, indent=1))
+
+
 def _describe(exp: Experiment, workdir: str, config) -> None:
   del workdir
   print(config_lib.to_text(config))
@@ -151,7 +167,7 @@ def _convert(exp: Experiment, workdir: str, config) -> None:
   del config
   if not _SOURCE.value:
     raise app.UsageError('convert needs --source=FILE')
-  n = verbs.convert(exp, workdir, _SOURCE.value)
+  n = verbs.convert(exp, workdir, _SOURCE.value, entry=_ENTRY.value)
   print(f'{n:,} parameters written to {workdir}/checkpoints/0')
 
 
@@ -165,6 +181,7 @@ _VERBS: dict[str, Callable[..., None]] = {
   'train': _train,
   'eval': _eval,
   'embed': _embed,
+  'sample': _sample,
   'describe': _describe,
   'convert': _convert,
   'study': _study,

@@ -109,17 +109,24 @@ def clip_grid(
 ) -> pathlib.Path:
   """Draw clips as a PNG: a row a kind for each clip, a column a frame.
 
+  Clips of one frame are images: a row a kind, a column an image.
+
   Args:
     videos: kinds of the same clips by name, uint8 [B, T, H, W, 3] each.
     out: file to write.
     clips: the first so many clips are drawn.
-    frames: so many frames, evenly over the clip with both its ends.
+    frames: so many frames, evenly over the clip with both its ends; of
+      images, the first so many.
     title: printed above the grid.
 
   Raises:
     ValueError: the kinds differ in shape or are no videos.
   """
   b, t, h, w = _check(videos)
+  unit = 'frame'
+  if t == 1:
+    unit, t, b = 'image', min(b, frames), 1
+    videos = {k: np.swapaxes(v[:t], 0, 1) for k, v in videos.items()}
   b = min(b, clips)
   at = np.unique(np.linspace(0, t - 1, min(frames, t)).round().astype(int))
   scale = _scale(h, w, 96)
@@ -138,7 +145,7 @@ def clip_grid(
   for j, frame in enumerate(at):
     middle = left + j * (cell_w + gap) + cell_w // 2
     draw.text((middle, top - 12), f'{frame}', _MUTED, font, anchor='mm')
-  draw.text((left - 10, top - 12), 'frame', _MUTED, font, anchor='rm')
+  draw.text((left - 10, top - 12), unit, _MUTED, font, anchor='rm')
   for i in range(b):
     for r, (kind, video) in enumerate(videos.items()):
       y = top + i * (clip_h + apart) + r * (cell_h + gap)
@@ -149,6 +156,43 @@ def clip_grid(
         canvas.paste(picture, (left + j * (cell_w + gap), y))
   canvas.save(out, 'PNG')
   return pathlib.Path(out)
+
+
+def sample_grid(
+  samples: np.ndarray, out: str | os.PathLike, *, fps: float = 8.0
+) -> pathlib.Path:
+  """Draw samples uint8 [N, T, H, W, 3] in a square grid, in reading order.
+
+  Args:
+    samples: images (T = 1) or clips; the last row may be short.
+    out: file to write; its suffix follows: `.png` for images, `.gif` for clips.
+    fps: frames a second.
+
+  Returns:
+    The file that was written.
+  """
+  n, t, h, w = _check({'samples': samples})
+  columns = math.ceil(math.sqrt(n))
+  scale, gap = _scale(h, w, 64), 2
+  size = (
+    gap + columns * (w * scale + gap),
+    gap + math.ceil(n / columns) * (h * scale + gap),
+  )
+  pictures = []
+  for frame in range(t):
+    canvas = Image.new('RGB', size, 'white')
+    for i in range(n):
+      row, column = divmod(i, columns)
+      place = gap + column * (w * scale + gap), gap + row * (h * scale + gap)
+      canvas.paste(_enlarge(samples[i, frame], scale), place)
+    pictures.append(canvas)
+  if t == 1:
+    out = pathlib.Path(out).with_suffix('.png')
+    pictures[0].save(out, 'PNG')
+    return out
+  out = pathlib.Path(out).with_suffix('.gif')
+  out.write_bytes(_gif(pictures, fps))
+  return out
 
 
 def animate(
@@ -192,19 +236,8 @@ def gif_bytes(
       for i in range(b):
         picture = _enlarge(video[i, frame], scale)
         canvas.paste(picture, (x, top + i * (cell_h + gap)))
-    pictures.append(canvas.quantize(256, method=Image.Quantize.MEDIANCUT))
-  data = io.BytesIO()
-  pictures[0].save(
-    data,
-    'GIF',
-    save_all=True,
-    append_images=pictures[1:],
-    duration=max(round(1000 / fps), 20),
-    loop=0,
-    disposal=1,
-    optimize=False,
-  )
-  return data.getvalue()
+    pictures.append(canvas)
+  return _gif(pictures, fps)
 
 
 def gif_size(data: bytes) -> tuple[int, int]:
@@ -278,6 +311,25 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 def _save(figure: Figure, out: str | os.PathLike) -> pathlib.Path:
   FigureCanvasAgg(figure).print_png(os.fspath(out))
   return pathlib.Path(out)
+
+
+def _gif(pictures: list[Image.Image], fps: float) -> bytes:
+  """Encode pictures as a looping animation."""
+  first, *rest = (
+    p.quantize(256, method=Image.Quantize.MEDIANCUT) for p in pictures
+  )
+  data = io.BytesIO()
+  first.save(
+    data,
+    'GIF',
+    save_all=True,
+    append_images=rest,
+    duration=max(round(1000 / fps), 20),
+    loop=0,
+    disposal=1,
+    optimize=False,
+  )
+  return data.getvalue()
 
 
 def _check(videos: Mapping[str, np.ndarray]) -> tuple[int, int, int, int]:

@@ -127,7 +127,7 @@ class Rule:
 RULES = (
   Rule('qkv/kernel', ('fsdp', None, 'tensor', None), True),  # [D, 3, H, D/H]
   Rule('qkv/bias', (None, 'tensor', None), True),
-  Rule('attn/proj/kernel', ('tensor', 'fsdp'), True),
+  Rule('attn(_time)?/proj/kernel', ('tensor', 'fsdp'), True),
   Rule('attn/[qv]_bias', ('tensor',), True),
   Rule('mlp/fc1/kernel', ('fsdp', 'tensor'), True),
   Rule('mlp/fc1/bias', ('tensor',), True),
@@ -136,6 +136,7 @@ RULES = (
   # Cut along its output: the pixels of a patch (2 * 14 * 14 * 3) divide by
   # fewer devices than a width does.
   Rule('patch_embed/kernel', (None, 'fsdp'), True),
+  Rule('y_embed/table', (None, 'fsdp'), True),  # [classes + 1, D]
   # tokens and position tables are kept whole.
   Rule('kernel', ('fsdp', None), True),
   Rule('([a-z]+_)*(bias|scale|gamma(_[0-9]+)?)', (), True),

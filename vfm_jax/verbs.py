@@ -1,13 +1,19 @@
 """Do what each verb but `train` does, on the latest checkpoint of a run."""
 
+import pathlib
+from collections.abc import Sequence
+
 import jax
 
-from vfm_jax import checkpoint, sharding, train
+from vfm_jax import checkpoint, convert_dit, sharding, train
 from vfm_jax import convert as convert_lib
 from vfm_jax import describe as describe_lib
 from vfm_jax.evals import embed as embed_lib
+from vfm_jax.evals import samples as samples_lib
 from vfm_jax.evals import store
 from vfm_jax.experiment import Experiment
+from vfm_jax.objectives.base import Samples
+from vfm_jax.objectives.denoise import Denoise
 
 
 def evaluate(exp: Experiment, workdir: str) -> dict[str, float]:
@@ -64,6 +70,55 @@ def embed(
     }
 
 
+def sample(
+  exp: Experiment,
+  workdir: str,
+  *,
+  count: int = 64,
+  labels: Sequence[int] | None = None,
+) -> dict[str, pathlib.Path]:
+  """Draw samples from the latest checkpoint into `workdir/samples`.
+
+  Args:
+    exp: whose objective draws.
+    workdir: of the run.
+    count: number of samples.
+    labels: sample i takes label i % len(labels); all labels of the objective
+      in turn by default.
+
+  Returns:
+    The files written, see `evals.samples.save_samples`.
+
+  Raises:
+    TypeError: the objective draws no samples.
+    ValueError: a label is not one of the objective's.
+    CheckpointError: the work directory holds no checkpoint of this model.
+  """
+  objective = exp.objective
+  if not isinstance(objective, Samples):
+    raise TypeError(
+      f'config.objective: {type(objective).__name__} draws no samples; the '
+      '`sample` verb is for objectives such as Denoise'
+    )
+  labels = objective.check_labels(labels)
+  mesh = sharding.make_mesh(exp.mesh)
+  with sharding.activations(mesh):
+    state = exp.restore(workdir, mesh)
+    drawn = samples_lib.draw_samples(
+      objective,
+      exp.eval_params(state),
+      exp.batch_spec[objective.data].shape[1:],
+      labels,
+      count=count,
+      seed=exp.seed,
+      batch_size=exp.batch_size,
+      mesh=mesh,
+    )
+  return samples_lib.save_samples(
+    drawn, labels, f'{workdir}/samples', f'step_{int(state.step)}'
+  )
+
+
 def describe(
   exp: Experiment, num_devices: int | None = None
 ) -> describe_lib.Description:
@@ -84,13 +139,17 @@ def describe(
   )
 
 
-def convert(exp: Experiment, workdir: str, source: str) -> int:
+def convert(
+  exp: Experiment, workdir: str, source: str, *, entry: str | None = None
+) -> int:
   """Write the weights of a foreign file as the checkpoint of step 0.
 
   Args:
-    exp: whose objective the weights are for.
+    exp: whose objective the weights are for: `Masked` takes VideoMAE files,
+      `Denoise` files of DiT and SiT and folders that diffusers saved.
     workdir: where the checkpoint goes; it must hold none.
     source: `.safetensors`, `.npz` or (with the `parity` extra) torch file.
+    entry: entry of a torch file with the weights, such as `ema` or `model`.
 
   Returns:
     The number of parameters that were set.
@@ -107,9 +166,7 @@ def convert(exp: Experiment, workdir: str, source: str) -> int:
         f'{workdir}/checkpoints holds step {saved.latest_step()} already; '
         'change --workdir'
       )
-    params = convert_lib.from_videomae(
-      convert_lib.read_checkpoint(source), exp.abstract_state.params
-    )
+    params = _converted(exp, source, entry)
     state = exp.first_state(shardings).replace(
       params=jax.device_put(params, shardings.params),
       # Averages start where the parameters do, in buffers of their own.
@@ -121,3 +178,16 @@ def convert(exp: Experiment, workdir: str, source: str) -> int:
     saved.save(0, state, force=True)
     saved.wait()
   return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _converted(exp: Experiment, source: str, entry: str | None):
+  """Return the parameters of the objective, from a file or folder."""
+  template = exp.abstract_state.params
+  if isinstance(exp.objective, Denoise):
+    if pathlib.Path(source).is_dir():
+      _, state = convert_dit.read_diffusers(source)
+    else:
+      state = convert_lib.read_checkpoint(source, entry=entry)
+    return {'denoiser': convert_dit.from_dit(state, template['denoiser'])}
+  state = convert_lib.read_checkpoint(source, entry=entry)
+  return convert_lib.from_videomae(state, template)

@@ -40,17 +40,21 @@ def find(case: str):
 def tolerance(meta: dict, name: str, expected: np.ndarray) -> dict:
   """Return rtol and atol of an array.
 
-  A gradient is compared relative to the largest entry of its array: its small
-  entries are differences of large terms.
+  Where the sidecar gives an array's own pair, that is it. Elsewhere a gradient
+  is compared relative to the largest entry of its array: its small entries are
+  differences of large terms.
   """
-  rtol, atol = meta['tolerance']['rtol'], meta['tolerance']['atol']
+  own = meta['arrays'].get(name, {})
+  if 'rtol' in own and 'atol' in own:
+    return dict(rtol=own['rtol'], atol=own['atol'])
+  shared = meta['tolerance'].get('default', meta['tolerance'])
+  rtol, atol = shared['rtol'], shared['atol']
   if name.startswith('grad'):
     rtol = max(rtol, 1e-4)
     return dict(rtol=rtol, atol=rtol * np.abs(expected).max(initial=0.0))
   if isinstance(atol, str):
     atol = 1e-5
-  atol = meta['arrays'].get(name, {}).get('suggest_atol', atol)
-  return dict(rtol=rtol, atol=atol)
+  return dict(rtol=rtol, atol=own.get('suggest_atol', atol))
 
 
 def test_recorded_case(golden_case):

@@ -68,3 +68,29 @@ def test_mlp_uses_the_exact_gelu():
   bound = np.sqrt(6 / 16)
   kernel = variables['params']['fc1']['kernel']
   assert 0.8 * bound < np.abs(kernel).max() <= bound
+
+
+def test_mlp_with_the_tanh_gelu():
+  x = jnp.linspace(-3, 3, 8)[None]
+  eye = {
+    n: {'kernel': jnp.eye(8), 'bias': jnp.zeros(8)} for n in ('fc1', 'fc2')
+  }
+  out = layers.Mlp(8, gelu='tanh').apply({'params': eye}, x)
+  inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+  np.testing.assert_allclose(out, x * 0.5 * (1 + np.tanh(inner)), atol=1e-6)
+
+
+def test_layers_without_the_usual_parameters():
+  x = jax.random.normal(jax.random.key(0), (3, 4, 12))
+  out, variables = layers.LayerNorm(affine=False).init_with_output(
+    jax.random.key(0), x
+  )
+  assert not variables
+  np.testing.assert_allclose(
+    out, layers.LayerNorm().init_with_output(jax.random.key(0), x)[0], atol=1e-6
+  )
+  module = layers.PatchEmbed(500, init_scheme='xavier')
+  params = module.init(jax.random.key(1), x)['params']
+  bound = np.sqrt(6 / 512)
+  assert 0.98 * bound < np.abs(params['kernel']).max() <= bound
+  assert not np.any(params['bias'])

@@ -61,3 +61,13 @@ def test_errors():
     positions.sincos_2d((2, 2), 6)
   with pytest.raises(ValueError, match="found 'x'"):
     positions.fixed_table('x', 8, (1, 1, 1))
+
+
+def test_time_features():
+  e = positions.time_features(np.array([0.0, 7.5]), 256)
+  np.testing.assert_array_equal(e[0, :128], 1.0)
+  np.testing.assert_array_equal(e[0, 128:], 0.0)
+  assert e[1, 5] == pytest.approx(np.cos(7.5 * 10_000 ** (-5 / 128)), abs=1e-6)
+  odd = positions.time_features(np.ones((2, 3)), 5)
+  assert odd.shape == (2, 3, 5)
+  assert not np.any(odd[..., -1])

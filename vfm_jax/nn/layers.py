@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,22 +66,26 @@ class LayerNorm(nn.Module):
   Attributes:
     eps: added to the variance.
     dtype: type of the output.
+    affine: learn a scale and a bias of each feature.
   """
 
   eps: float = 1e-6
   dtype: Dtype = 'float32'
+  affine: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return the normalised x [..., D]."""
     dim = x.shape[-1]
-    scale = self.param('scale', nn.initializers.ones, (dim,))
-    bias = self.param('bias', nn.initializers.zeros, (dim,))
     x = x.astype(jnp.float32)
     # Two passes: the variance as a difference of squares loses digits.
     x = x - x.mean(-1, keepdims=True)
     variance = jnp.square(x).mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(variance + self.eps) * scale + bias
+    x = x * jax.lax.rsqrt(variance + self.eps)
+    if self.affine:
+      scale = self.param('scale', nn.initializers.ones, (dim,))
+      bias = self.param('bias', nn.initializers.zeros, (dim,))
+      x = x * scale + bias
     return x.astype(self.dtype)
 
 
@@ -93,38 +97,47 @@ class PatchEmbed(nn.Module):
   Attributes:
     width: features of a token.
     dtype: compute type.
+    init_scheme: 'fan_in' draws kernel and bias from U(+-1/sqrt(features)), as
+      torch's Conv does; 'xavier' draws the kernel by Xavier uniform, as a
+      matrix, and starts from a zero bias.
   """
 
   width: int
   dtype: Dtype = 'float32'
+  init_scheme: Literal['fan_in', 'xavier'] = 'fan_in'
 
   @nn.compact
   def __call__(self, patches: jax.Array) -> jax.Array:
     """Return tokens [B, N, width] of patches [B, N, p0*p1*p2*C]."""
-    init = uniform_fan_in(patches.shape[-1])
-    kernel = self.param('kernel', init, (patches.shape[-1], self.width))
-    bias = self.param('bias', init, (self.width,))
+    if self.init_scheme == 'xavier':
+      kernel_init, bias_init = xavier_uniform(), nn.initializers.zeros
+    else:
+      kernel_init = bias_init = uniform_fan_in(patches.shape[-1])
+    kernel = self.param('kernel', kernel_init, (patches.shape[-1], self.width))
+    bias = self.param('bias', bias_init, (self.width,))
     kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
     return linear.matmul(patches.astype(self.dtype), kernel) + bias
 
 
 class Mlp(nn.Module):
-  """Apply fc1, exact (erf) GELU and fc2.
+  """Apply fc1, GELU and fc2.
 
   Attributes:
     width: features of the hidden layer.
     dtype: compute type.
     kernel_init: initialiser of both kernels.
+    gelu: the exact one, by 'erf', or its approximation by 'tanh'.
   """
 
   width: int
   dtype: Dtype = 'float32'
   kernel_init: nn.initializers.Initializer = xavier_uniform()
+  gelu: Literal['erf', 'tanh'] = 'erf'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [..., D] of x [..., D]."""
     shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
     h = Dense(self.width, name='fc1', **shared)(x)
-    h = jax.nn.gelu(h, approximate=False)
+    h = jax.nn.gelu(h, approximate=self.gelu == 'tanh')
     return Dense(x.shape[-1], name='fc2', **shared)(h)

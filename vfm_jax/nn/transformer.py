@@ -180,9 +180,13 @@ class Stack(nn.Module):
   blocks/... with a leading axis of layers. `stack_blocks` and
   `unstack_blocks` change one into the other.
 
+  A block may be conditioned: with `cond` it is called as
+  block(x, cond, layer), and each block gets the same `cond`.
+
   Attributes:
     depth: number of blocks.
-    block: the block, a template that is cloned.
+    block: the block, a template that is cloned: x [B, N, D] -> [B, N, D].
+      What it sows into the collection 'aux' is kept for every layer.
     drop_path: rate of the last block; it grows linearly from 0.
     scan: compile one block and loop over it.
     remat: what the backward pass computes again: 'none', the 'full' block,
@@ -190,7 +194,7 @@ class Stack(nn.Module):
   """
 
   depth: int
-  block: Block
+  block: nn.Module
   drop_path: float = 0.0
   scan: bool = False
   remat: Remat = 'none'
@@ -209,6 +213,7 @@ class Stack(nn.Module):
     x: jax.Array,
     keys: jax.Array | None = None,
     taps: Sequence[int] = (),
+    cond: Any = None,
   ) -> tuple[jax.Array, list[jax.Array]]:
     """Apply the blocks.
 
@@ -217,6 +222,7 @@ class Stack(nn.Module):
       keys: one key an example [B] for stochastic depth; None for none of it.
       taps: block numbers whose outputs are wanted too; negative ones count
         from the end.
+      cond: arrays that condition the blocks; None for blocks that take none.
 
     Returns:
       The output [B, N, D] of the last block, and those of `taps`.
@@ -230,11 +236,12 @@ class Stack(nn.Module):
     if self.drop_path == 0:
       keys = None
 
-    def apply(block, x, layer, rate):
+    def apply(block, x, layer, rate, cond):
+      args = () if cond is None else (cond, layer)
       if keys is None:
-        return block(x)
+        return block(x, *args)
       layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
-      return block(x, rate, layer_keys)
+      return block(x, *args, drop_path=rate, keys=layer_keys)
 
     if self.remat == 'dots':
       policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -245,21 +252,22 @@ class Stack(nn.Module):
     if not self.scan:
       outputs = []
       for i, block in enumerate(self.blocks):
-        x = apply(block, x, i, rates[i])
+        x = apply(block, x, i, rates[i], cond)
         outputs.append(x)
       return x, [outputs[i] for i in taps]
 
-    def step(block, x, layer, rate) -> tuple[jax.Array, Any]:
-      x = apply(block, x, layer, rate)
+    def step(block, x, layer, rate, cond) -> tuple[jax.Array, Any]:
+      x = apply(block, x, layer, rate, cond)
       return x, x if taps else None
 
     loop = nn.scan(
       step,
-      variable_axes={'params': 0},
+      variable_axes={'params': 0, 'aux': 0},
       split_rngs={'params': True},
+      in_axes=(0, 0, nn.broadcast),
       length=self.depth,
     )
-    x, outputs = loop(self.blocks, x, jnp.arange(self.depth), rates)
+    x, outputs = loop(self.blocks, x, jnp.arange(self.depth), rates, cond)
     return x, [outputs[i] for i in taps]
 
 

@@ -5,7 +5,7 @@ the one extension point of the library: masked pretraining, latent prediction,
 diffusion and probes are all objectives, and the loop has no branch on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -82,6 +82,28 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class Denoises(Protocol):
+  """Optional: what a network says about noisy samples, for the samplers."""
+
+  def denoise(
+    self,
+    params: PyTree,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return the output f32 [B, ..., C_out] of the network.
+
+    Args:
+      params: from `init`, or an average of them.
+      x: f32 [B, ..., C] noisy samples.
+      t: [B] times of the process that the network was trained with.
+      y: int32 [B] labels; None for a network without.
+    """
+    ...
+
+
+@runtime_checkable
 class Visualises(Protocol):
   """Optional: produce pictures of what the model does."""
 
@@ -89,6 +111,41 @@ class Visualises(Protocol):
     self, params: PyTree, extra: PyTree, batch: Batch, rng: jax.Array
   ) -> Mapping[str, jax.Array]:
     """Return named uint8 videos [B, T, H, W, 3], in display order."""
+    ...
+
+
+@runtime_checkable
+class Samples(Protocol):
+  """Optional: draw new examples, for the `sample` verb."""
+
+  @property
+  def data(self) -> str:
+    """Key of the batch that is learned."""
+    ...
+
+  def check_labels(self, labels: Sequence[int] | None) -> list[int] | None:
+    """Return the labels to draw: those given, or by default all there are.
+
+    Raises:
+      ValueError: one is not a label of this objective.
+    """
+    ...
+
+  def sample(
+    self,
+    params: PyTree,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    y: jax.Array | None,
+  ) -> jax.Array:
+    """Return pictures uint8 [B, T, H, W, 3], one for each key [B].
+
+    Args:
+      params: as in `loss`.
+      keys: one key a sample [B].
+      shape: of one example in the data.
+      y: int32 [B] labels; None for none.
+    """
     ...
 
 

@@ -76,6 +76,24 @@ def sincos_3d(
   return np.concatenate(parts, axis=1)[:, :dim]
 
 
+def time_features(t: jax.Array, dim: int) -> jax.Array:
+  """Return the sinusoids of diffusion times, float32 [..., dim], cosines first.
+
+  [cos(t f) | sin(t f)] with f_k = 10000^(-k / (dim // 2)); the last column of
+  an odd `dim` is zero. ADM, DiT (arXiv:2212.09748).
+
+  Args:
+    t: [...] times, as they are: nothing scales them.
+    dim: number of features.
+  """
+  half = dim // 2
+  rate = 10000.0 ** (-np.arange(half) / half)
+  angle = jnp.asarray(t, jnp.float32)[..., None] * rate.astype(np.float32)
+  features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+  padding = [(0, 0)] * jnp.ndim(t) + [(0, dim % 2)]
+  return jnp.pad(features, padding)
+
+
 def interpolate(table: jax.Array, grid: Grid, new_grid: Grid) -> jax.Array:
   """Resample a position table trilinearly to another grid.
 

@@ -1,0 +1,240 @@
+"""Denoise images and videos with a diffusion transformer (DiT).
+
+Peebles & Xie 2022 (arXiv:2212.09748): patches, fixed positions, blocks with
+adaptive LayerNorms, and a linear layer back to patches.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vfm_jax.nn import adaln, layers
+from vfm_jax.nn.transformer import Remat, Stack
+from vfm_jax.ops import positions as pos
+from vfm_jax.ops import tokens as tok
+
+
+class Dims(NamedTuple):
+  """Hold the dimensions that a size letter stands for."""
+
+  width: int
+  depth: int
+  heads: int
+
+
+SIZES = {
+  'S': Dims(384, 12, 6),
+  'B': Dims(768, 12, 12),
+  'L': Dims(1024, 24, 16),
+  'XL': Dims(1152, 28, 16),
+}
+
+
+class DiT(nn.Module):
+  """Map a noisy image [B, H, W, C] or video [B, T, H, W, C] to a prediction.
+
+  The output is zero at first. A video is cut into tubelets; its positions are
+  those of an image plus a 1-D sinusoid of the slice in time.
+
+  Attributes:
+    size: 'S', 'B', 'L' or 'XL'; the next three replace what it says.
+    width: features of a token.
+    depth: number of blocks.
+    heads: number of attention heads.
+    mlp_ratio: hidden features of the MLPs over `width` (rounded down).
+    patch: rows and columns of a token.
+    tubelet: frames of a token.
+    input_size: rows and columns that the positions are built for, or one
+      number for both. For inputs of other sizes they are interpolated.
+    frames: frames that the positions are built for; 1 for images.
+    channels: C of the input.
+    learn_sigma: predict twice as many channels: noise, then variance values.
+    num_classes: number of labels; 0 for no labels.
+    label_dropout: rate at which a caller drops labels in training. Above 0
+      the table has one more row, the null label `num_classes`.
+    attention: 'joint' over space and time, or 'factorised' into space, then
+      time, inside each block; see `nn.adaln.AdaLNBlock`.
+    hooks: what is changed at the entry of each block, see `nn.adaln.Hooks`.
+    norm_eps: epsilon of the LayerNorms.
+    scan: compile one block and loop over it.
+    remat: see `nn.transformer.Stack`.
+    impl: attention implementation, see `ops.attention`.
+    dtype: compute type of tokens; parameters and conditioning are float32.
+  """
+
+  size: Literal['S', 'B', 'L', 'XL'] = 'B'
+  width: int | None = None
+  depth: int | None = None
+  heads: int | None = None
+  mlp_ratio: float = 4.0
+  patch: int = 2
+  tubelet: int = 1
+  input_size: int | tuple[int, int] = 32
+  frames: int = 1
+  channels: int = 4
+  learn_sigma: bool = True
+  num_classes: int = 1000
+  label_dropout: float = 0.1
+  attention: adaln.Layout = 'joint'
+  hooks: adaln.Hooks = adaln.Hooks()
+  norm_eps: float = 1e-6
+  scan: bool = False
+  remat: Remat = 'none'
+  impl: str = 'auto'
+  dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+
+  @property
+  def dims(self) -> Dims:
+    """Return the dimensions after all replacements."""
+    if self.size not in SIZES:
+      raise ValueError(
+        f'expected `denoiser.size` in {list(SIZES)}, found {self.size!r}'
+      )
+    given = {n: getattr(self, n) for n in Dims._fields}
+    given = {n: v for n, v in given.items() if v is not None}
+    return SIZES[self.size]._replace(**given)
+
+  @property
+  def patch_shape(self) -> tok.Grid:
+    """Return frames, rows and columns of a token."""
+    return (self.tubelet, self.patch, self.patch)
+
+  @property
+  def built_grid(self) -> tok.Grid:
+    """Return the token grid that the positions are built for."""
+    size = self.input_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (1, self.frames, height, width, self.channels)
+    return tok.token_grid(shape, self.patch_shape, path='denoiser')
+
+  @property
+  def out_channels(self) -> int:
+    """Return the number of channels of the output."""
+    return self.channels * (2 if self.learn_sigma else 1)
+
+  @property
+  def null_label(self) -> int | None:
+    """Return the label that stands for none, or None if there is none."""
+    return self.num_classes if self.label_dropout > 0 else None
+
+  def setup(self):
+    """Make the submodules (called by Flax)."""
+    dims = self.dims
+    if self.hooks.prefix and self.attention == 'factorised':
+      raise ValueError(
+        "`denoiser.hooks.prefix` needs `denoiser.attention` 'joint', found "
+        f"'factorised' with a prefix of {self.hooks.prefix}"
+      )
+    self.patch_embed = layers.PatchEmbed(dims.width, self.dtype, 'xavier')
+    self.t_embed = adaln.TimeEmbed(dims.width)
+    if self.num_classes:
+      rows = self.num_classes + (self.null_label is not None)
+      self.y_embed = adaln.LabelEmbed(rows, dims.width)
+    if self.hooks.prepare is not None:
+      self.prepare = adaln.own(self, self.hooks.prepare, 'prepare_hook')
+    block = adaln.AdaLNBlock(
+      heads=dims.heads,
+      mlp_width=int(dims.width * self.mlp_ratio),
+      attention=self.attention,
+      hooks=self.hooks,
+      norm_eps=self.norm_eps,
+      impl=self.impl,
+      dtype=self.dtype,
+    )
+    self.stack = Stack(dims.depth, block, scan=self.scan, remat=self.remat)
+    nn.share_scope(self, self.stack)  # parameters are blocks_0/...
+    pixels = self.tubelet * self.patch**2
+    self.final = adaln.FinalLayer(
+      pixels * self.out_channels, self.norm_eps, self.dtype
+    )
+
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array | None = None,
+    *,
+    drop: jax.Array | None = None,
+    tau: jax.Array | None = None,
+  ) -> jax.Array:
+    """Predict from a noisy input.
+
+    Args:
+      x: float [B, H, W, C], or [B, T, H, W, C].
+      t: [B] times, embedded as they are; or [B, T'], one for each of the
+        T / tubelet slices of a video.
+      y: int32 [B] labels; None for the null label, or for no labels.
+      drop: bool [B], True replaces the label by the null label.
+      tau: int32 [B] noise level for the hooks, 0 (clean) to 999.
+
+    Returns:
+      float32, the shape of x with `out_channels` channels: the prediction
+      and, with `learn_sigma`, the variance values after it.
+
+    Raises:
+      ValueError: x or t is of another shape, or a null label is asked for
+        that the model does not have.
+    """
+    if x.ndim not in (4, 5) or x.shape[-1] != self.channels:
+      raise ValueError(
+        f'expected an input [B, H, W, {self.channels}] or [B, T, H, W, '
+        f'{self.channels}], found shape {x.shape}; change '
+        '`denoiser.channels` or `data`'
+      )
+    video = x if x.ndim == 5 else x[:, None]
+    grid = tok.token_grid(video.shape, self.patch_shape, path='denoiser')
+    context = self._condition(t, y, drop, tau, grid)
+    h = self.patch_embed(tok.patchify(video, self.patch_shape))
+    h = h + self._positions(grid).astype(h.dtype)
+    if self.hooks.prefix:
+      h = jnp.pad(h, ((0, 0), (self.hooks.prefix, 0), (0, 0)))
+    h, _ = self.stack(h, cond=context)
+    h = self.final(h, context.c)[:, self.hooks.prefix :]
+    out = tok.unpatchify(h.astype(jnp.float32), grid, self.patch_shape)
+    return out if x.ndim == 5 else out[:, 0]
+
+  def _condition(self, t, y, drop, tau, grid):
+    slices = t.shape[1:] or (1,)
+    if slices not in ((1,), grid[:1]) or (slices != (1,) and self.hooks.prefix):
+      raise ValueError(
+        f'expected times [B] or [B, {grid[0]}], one for each {self.tubelet} '
+        f'frames and without `denoiser.hooks.prefix`, found shape {t.shape}'
+      )
+    t_embed = self.t_embed(t.reshape(-1, *slices))
+    c = t_embed
+    if self.num_classes:
+      c = c + self.y_embed(self._labels(y, drop, len(t)))[:, None]
+    elif y is not None or drop is not None:
+      raise ValueError('labels need `denoiser.num_classes`, found 0')
+    context = adaln.Context(c=c, t_embed=t_embed, tau=tau, grid=grid)
+    if self.hooks.prepare is None:
+      return context
+    return context.replace(shared=self.prepare(context, self.t_embed))
+
+  def _labels(self, y, drop, batch):
+    if (y is None or drop is not None) and self.null_label is None:
+      raise ValueError(
+        'an input without a label needs the null label, for which '
+        '`denoiser.label_dropout` must be above 0, found '
+        f'{self.label_dropout}'
+      )
+    if y is None:
+      return jnp.full(batch, self.null_label)
+    return y if drop is None else jnp.where(drop, self.null_label, y)
+
+  def _positions(self, grid):
+    t, h, w = built = self.built_grid
+    if t == 1 and grid[0] > 1:
+      raise ValueError(
+        f'expected one slice of {self.tubelet} frames, found {grid[0]}; '
+        'change `denoiser.frames`, which the positions are built for'
+      )
+    width = self.dims.width
+    # The column is coded in the first half.
+    table = np.tile(pos.sincos_2d((h, w), width, first='w'), (t, 1))
+    if t > 1:
+      table += np.repeat(pos.sincos_1d(np.arange(t), width), h * w, axis=0)
+    return pos.fit_table(jnp.asarray(table, jnp.float32), built, grid)

@@ -1,0 +1,274 @@
+"""Learn to undo noise: diffusion and interpolants, with or without labels."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vfm_jax.objectives import base
+from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.ops.process import NOISE_LEVELS, Process
+from vfm_jax.ops.timesteps import Times
+from vfm_jax.sampling import Sampling
+
+# Streams of an example's key.
+_TIME, _NOISE, _LABEL = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoise:
+  """Corrupt a sample at a random time and learn what the process asks for.
+
+  Attributes:
+    denoiser: module (x, t, y, *, drop, tau) -> output, see `models.dit.DiT`.
+      Its `label_dropout` is how often a label is replaced by the null one in
+      training; the draw is made here, for each example.
+    process: how noise enters and what the output means: `ops.diffusion` or
+      `ops.interpolants`.
+    data: what to learn: a key of the batch, [B, H, W, C] or [B, T, H, W, C].
+      Whole numbers are pixels, scaled to [-1, 1]; floats, such as latents, are
+      taken as they are.
+    label: which of the batch's labels conditions the network; None for none.
+    times: how to draw the times of training, see `ops.timesteps`; None leaves
+      it to the process. Its state is under 'times' in `extra`, and is updated
+      with each microbatch.
+    bins: number of equal ranges of the noise level to report the loss of.
+    sampling: how pictures during training and the `sample` verb are drawn.
+  """
+
+  denoiser: nn.Module
+  process: Process = Gaussian()
+  data: str = 'image'
+  label: str | None = 'label'
+  times: Times | None = None
+  bins: int = 4
+  sampling: Sampling = Sampling()
+
+  def init(
+    self, rng: jax.Array, batch: base.Batch
+  ) -> tuple[base.PyTree, base.PyTree]:
+    """Return the parameters {'denoiser'} and the state of `times`."""
+    x = self._samples(batch)[:1]
+    zero = jnp.zeros((1,), jnp.int32)
+    y = None if self._labels(batch) is None else zero
+    time = zero.astype(jnp.float32)
+    variables = self.denoiser.init(rng, x, time, y, tau=zero)
+    extra = {} if self.times is None else {'times': self.times.init()}
+    return {'denoiser': variables['params']}, extra
+
+  def loss(
+    self,
+    params: base.PyTree,
+    extra: base.PyTree,
+    batch: base.Batch,
+    rng: jax.Array,
+    *,
+    train: bool,
+  ) -> base.LossOut:
+    """Return the summed losses of the examples and their number.
+
+    Metrics are the parts that the process names, averaged over the examples,
+    and `loss_bin{i}`, what the examples of a range of noise levels contribute:
+    these add up to the loss, the cleanest range first.
+
+    Args:
+      params: from `init`.
+      extra: from `init`.
+      batch: the samples under `data`, `labels` of int32 [B], `row` int32 [B];
+        `valid` bool [B] leaves examples out.
+      rng: key of the step.
+      train: whether labels are dropped, and `times` used and updated.
+    """
+    x0, y = self._samples(batch), self._labels(batch)
+    keys = base.example_keys(rng, batch)
+    times = self.times if train else None
+    if times is None:
+      t, importance = self.process.draw_time(_fold(keys, _TIME)), 1.0
+    else:
+      t, importance = times.draw(extra['times'], _fold(keys, _TIME))
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(
+      _fold(keys, _NOISE)
+    )
+    drop = self._drop(_fold(keys, _LABEL)) if train and y is not None else None
+    x_t = self.process.corrupt(x0, eps, t)
+    output = self._apply(params, x_t, t, y, drop)
+    losses, parts = self.process.loss(output, x0, eps, x_t, t)
+    if times is not None:
+      seen = jax.lax.stop_gradient(losses)
+      extra = {**extra, 'times': times.update(extra['times'], t, seen)}
+    losses *= importance
+
+    valid = batch.get('valid')
+    weight = jnp.ones_like(losses) if valid is None else valid
+    weight = weight.astype(jnp.float32)
+    total, count = (losses * weight).sum(), weight.sum()
+    mean = lambda x: (x * weight).sum() / jnp.maximum(count, 1.0)  # noqa: E731
+    metrics = {name: mean(part) for name, part in parts.items()}
+    place = self.process.noise_index(t) * self.bins // NOISE_LEVELS
+    for i in range(self.bins):
+      metrics[f'loss_bin{i}'] = mean(losses * (place == i))
+    return base.LossOut(
+      sums=total[None], counts=count[None], metrics=metrics, extra=extra
+    )
+
+  def after_update(
+    self,
+    extra: base.PyTree,
+    params: base.PyTree,
+    step: jax.Array,
+    metrics: Mapping[str, jax.Array],
+  ) -> base.PyTree:
+    """Return `extra`: nothing is learned without a gradient."""
+    del params, step, metrics
+    return extra
+
+  def denoise(
+    self,
+    params: base.PyTree,
+    x: jax.Array,
+    t: jax.Array,
+    y: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return the output f32 [B, ..., C_out] of the network.
+
+    Args:
+      params: from `init`, or an average of them.
+      x: f32 [B, ..., C] noisy samples.
+      t: [B] times of `process`.
+      y: int32 [B] labels; None for the network's null label, or where it
+        knows no labels.
+    """
+    return self._apply(params, x, t, y, None)
+
+  def draw(
+    self,
+    params: base.PyTree,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    y: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return samples f32 [B, *shape] in the space of the data.
+
+    Args:
+      params: from `init`, or an average of them.
+      keys: one key a sample [B].
+      shape: of one sample.
+      y: int32 [B] labels; None where `label` is None.
+    """
+    return self.sampling.draw(
+      lambda x, t, y: self.denoise(params, x, t, y),
+      self.process,
+      keys,
+      shape,
+      y,
+      self.denoiser.null_label,
+    )
+
+  def check_labels(self, labels: Sequence[int] | None) -> list[int] | None:
+    """Return the labels to draw: those given, or by default all there are.
+
+    Raises:
+      ValueError: one is not a label of the network.
+    """
+    if self.label is None:
+      if labels:
+        raise ValueError(
+          '`objective.label` is None: expected no labels to draw, found '
+          f'{list(labels)}'
+        )
+      return None
+    classes = self.denoiser.num_classes
+    if bad := [y for y in labels or () if not 0 <= y < classes]:
+      raise ValueError(
+        f'expected labels from 0 to {classes - 1} '
+        f'(`objective.denoiser.num_classes`), found {bad}'
+      )
+    return list(labels or range(classes))
+
+  def sample(
+    self,
+    params: base.PyTree,
+    keys: jax.Array,
+    shape: tuple[int, ...],
+    y: jax.Array | None = None,
+  ) -> jax.Array:
+    """Return what `draw` does as pictures, uint8 [B, T, H, W, 3]."""
+    return _pictures(self.draw(params, keys, shape, y))
+
+  def visualise(
+    self,
+    params: base.PyTree,
+    extra: base.PyTree,
+    batch: base.Batch,
+    rng: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """Return uint8 [B, T, H, W, 3]: data, and samples with the same labels."""
+    del extra
+    x = self._samples(batch)
+    keys = base.example_keys(rng, batch)
+    return {
+      'data': _pictures(x),
+      'sample': self.sample(params, keys, x.shape[1:], self._labels(batch)),
+    }
+
+  def _apply(self, params, x, t, y, drop):
+    output = self.denoiser.apply(
+      {'params': params['denoiser']},
+      x,
+      self.process.model_time(t),
+      y,
+      drop=drop,
+      tau=self.process.noise_index(t),
+    )
+    return output.astype(jnp.float32)
+
+  def _drop(self, keys):
+    """Return which labels to replace by the null one [B], or None for none."""
+    rate = self.denoiser.label_dropout
+    if not rate:
+      return None
+    return jax.vmap(lambda key: jax.random.uniform(key) < rate)(keys)
+
+  def _samples(self, batch):
+    x = batch.get(self.data)
+    if x is None or x.ndim not in (4, 5):
+      found = {
+        k: tuple(v.shape) for k, v in batch.items() if hasattr(v, 'ndim')
+      }
+      raise ValueError(
+        f'expected batch[{self.data!r}] [B, H, W, C] or [B, T, H, W, C], found '
+        f'{found}; change `objective.data` or what `data` yields'
+      )
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return x.astype(jnp.float32)
+    return x.astype(jnp.float32) / 127.5 - 1.0
+
+  def _labels(self, batch):
+    if self.label is None:
+      return None
+    labels = batch.get('labels', {})
+    if self.label not in labels:
+      raise ValueError(
+        f'expected a label {self.label!r}, found {sorted(labels)}; change '
+        '`objective.label` (None learns without labels) or what `data` yields'
+      )
+    return jnp.asarray(labels[self.label])
+
+
+def _pictures(x):
+  """Return samples in [-1, 1], [B, (T,) H, W, C], as uint8 [B, T, H, W, 3]."""
+  if x.shape[-1] not in (1, 3):
+    raise ValueError(
+      'expected samples of 1 or 3 colours to draw, found '
+      f'{x.shape[-1]} channels'
+    )
+  x = x if x.ndim == 5 else x[:, None]
+  x = jnp.round(127.5 * (jnp.clip(x, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
+  return jnp.broadcast_to(x, (*x.shape[:-1], 3))
+
+
+def _fold(keys, data):
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
