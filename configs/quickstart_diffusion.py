@@ -7,6 +7,11 @@ Variants: none for Gaussian diffusion (DiT, arXiv:2212.09748); `:flow` for
 linear interpolants with velocity prediction (SiT, arXiv:2401.08740). 4,500
 digits of 28 x 28 pixels, padded to 32 x 32, without latents. Pictures of the
 average of the weights appear in `media/` during training.
+
+Ours: 1,500 steps take 6 minutes on 2 cores; the loss ends at 0.039. Strokes
+then lie where those of the class lie, but most digits can't be read yet:
+`--config.steps` has to be larger, and how large is not known. `:flow` was run
+for two steps only.
 """
 
 from vfm_jax import optim, samplers, schedules, solvers
@@ -68,11 +73,11 @@ def get_config(arg=None):
       optim.Optimizer,
       lr=bind(schedules.warmup_cosine, peak=1e-3, final=1e-5, warmup_steps=100),
     ),
-    batch_size=64,
-    steps=3000,
+    batch_size=32,
+    steps=1500,
     ema=(0.995,),
     eval_ema=0.995,
     log_every=100,
-    eval_every=1000,
-    checkpoint=ref(Checkpoints, every_steps=1000),
+    eval_every=500,
+    checkpoint=ref(Checkpoints, every_steps=500),
   )

@@ -82,7 +82,19 @@ def test_describe_and_two_smoke_steps(name):
   assert described.data['flops_per_step'] > 2e14
   assert described.data['devices'] == 256
 
-  exp = config.build(smoke(load(name)))
+  check_two_steps(config.build(smoke(load(name))))
+
+
+@pytest.mark.parametrize('variant', VARIANTS['quickstart_diffusion'])
+def test_diffusion_quickstart_in_small(variant):
+  c = load(f'quickstart_diffusion:{variant}')
+  assert verbs.describe(config.build(c), 8).data['devices'] == 8
+  c.objective.denoiser.update(width=16, depth=1, heads=2)
+  c.update(batch_size=8)
+  check_two_steps(config.build(c))
+
+
+def check_two_steps(exp):
   assert isinstance(exp.data.train, Pipeline)
   mesh = sharding.make_mesh(exp.mesh)
   shardings = exp.shardings(mesh)

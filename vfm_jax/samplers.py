@@ -27,11 +27,18 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return stream(keys, 0, shape)
 
 
-def stream(keys: jax.Array, number: int, shape: tuple[int, ...]) -> jax.Array:
+def stream(
+  keys: jax.Array | None, number: int | jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
   """Return normal noise f32 [B, *shape], stream `number` of each key [B].
 
   Stream 0 is x_T, and stream t + 1 what is added at step t.
+
+  Raises:
+    ValueError: there are no keys.
   """
+  if keys is None:
+    raise ValueError('expected `keys` [B] or recorded `noise`, found neither')
 
   def one(key):
     return jax.random.normal(

@@ -9,7 +9,7 @@ not depend on the batch that it is drawn in.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,7 @@ def sde(
     jnp.arange(num_steps - 1) + 1,  # 0 is the initial noise
     noise,
   )
+  states: Any
   x, states = jax.lax.scan(step, x.astype(jnp.float32), inputs)
   if last_step != 'none':
     t = jnp.full(x.shape[:1], t1, jnp.float32)
@@ -254,7 +255,8 @@ def _times(process, num_steps, reverse, interval) -> np.ndarray:
   if interval is None:
     interval = process.sample_interval()
     interval = interval[::-1] if reverse else interval
-  return np.linspace(*interval, num_steps)
+  first, last = interval
+  return np.linspace(first, last, num_steps)
 
 
 def _total(x):

@@ -215,15 +215,18 @@ class DiT(nn.Module):
     return context.replace(shared=self.prepare(context, self.t_embed))
 
   def _labels(self, y, drop, batch):
-    if (y is None or drop is not None) and self.null_label is None:
+    null = self.null_label
+    if null is None:
+      if y is not None and drop is None:
+        return y
       raise ValueError(
         'an input without a label needs the null label, for which '
         '`denoiser.label_dropout` must be above 0, found '
         f'{self.label_dropout}'
       )
     if y is None:
-      return jnp.full(batch, self.null_label)
-    return y if drop is None else jnp.where(drop, self.null_label, y)
+      return jnp.full(batch, null)
+    return y if drop is None else jnp.where(drop, null, y)
 
   def _positions(self, grid):
     t, h, w = built = self.built_grid

@@ -112,7 +112,7 @@ class TimeEmbed(nn.Module):
   @nn.compact
   def __call__(self, t: jax.Array) -> jax.Array:
     """Return f32 [..., width] of times [...], which nothing scales."""
-    shared = dict(kernel_init=nn.initializers.normal(0.02))
+    shared: dict[str, Any] = dict(kernel_init=nn.initializers.normal(0.02))
     h = positions.time_features(t, self.features)
     h = jax.nn.silu(layers.Dense(self.width, name='fc1', **shared)(h))
     return layers.Dense(self.width, name='fc2', **shared)(h)
@@ -186,7 +186,9 @@ class AdaLNBlock(nn.Module):
     return (inside + (1 - m) * x).astype(x.dtype)
 
   def _update(self, x, context):
-    shared = dict(qkv_bias='full', impl=self.impl, dtype=self.dtype)
+    shared: dict[str, Any] = dict(
+      qkv_bias='full', impl=self.impl, dtype=self.dtype
+    )
     attn = Attention(self.heads, name='attn', **shared)
     mlp = layers.Mlp(self.mlp_width, self.dtype, gelu='tanh', name='mlp')
     ada = _modulation(context.c, 6, 'ada')

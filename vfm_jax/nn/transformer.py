@@ -260,11 +260,13 @@ class Stack(nn.Module):
       x = apply(block, x, layer, rate, cond)
       return x, x if taps else None
 
+    # The annotation of `nn.scan` knows numbers only.
+    in_axes: Any = (0, 0, nn.broadcast)
     loop = nn.scan(
       step,
       variable_axes={'params': 0, 'aux': 0},
       split_rngs={'params': True},
-      in_axes=(0, 0, nn.broadcast),
+      in_axes=in_axes,
       length=self.depth,
     )
     x, outputs = loop(self.blocks, x, jnp.arange(self.depth), rates, cond)

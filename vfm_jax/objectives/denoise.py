@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -214,7 +215,7 @@ class Denoise:
     }
 
   def _apply(self, params, x, t, y, drop):
-    output = self.denoiser.apply(
+    output: Any = self.denoiser.apply(
       {'params': params['denoiser']},
       x,
       self.process.model_time(t),
