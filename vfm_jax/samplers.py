@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfm_jax.ops.diffusion import Gaussian, Restrict
+from vfm_jax.ops.keys import fold
 from vfm_jax.ops.process import Prediction, bcast
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -40,12 +41,8 @@ def stream(
   if keys is None:
     raise ValueError('expected `keys` [B] or recorded `noise`, found neither')
 
-  def one(key):
-    return jax.random.normal(
-      jax.random.fold_in(key, number), shape, jnp.float32
-    )
-
-  return jax.vmap(one)(keys)
+  draw = lambda key: jax.random.normal(key, shape, jnp.float32)  # noqa: E731
+  return jax.vmap(draw)(fold(keys, number))
 
 
 def ddpm(

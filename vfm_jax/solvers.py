@@ -18,6 +18,7 @@ import numpy as np
 from vfm_jax.ops import paths
 from vfm_jax.ops.dopri5 import Dopri5
 from vfm_jax.ops.interpolants import Interpolant
+from vfm_jax.ops.keys import fold
 from vfm_jax.ops.process import bcast
 from vfm_jax.ops.runge_kutta import Solver
 from vfm_jax.samplers import Denoise, stream
@@ -238,11 +239,8 @@ def draw_signs(
   keys: jax.Array, i: int | jax.Array, shape: tuple[int, ...]
 ) -> jax.Array:
   """Return random signs f32 [B, *shape], stream i of each key [B]."""
-
-  def one(key):
-    return jax.random.rademacher(jax.random.fold_in(key, i), shape, jnp.float32)
-
-  return jax.vmap(one)(keys)
+  draw = lambda k: jax.random.rademacher(k, shape, jnp.float32)  # noqa: E731
+  return jax.vmap(draw)(fold(keys, i))
 
 
 def _times(process, num_steps, reverse, interval) -> np.ndarray:

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import released
+from released import first, last
 
 from vfm_jax import convert_dit, guidance, samplers
 from vfm_jax.evals import bits
@@ -27,16 +29,6 @@ RAW = {
   'const': lambda steps, start, end: noise.constant(steps, end=end),
   'jsd': lambda steps, start, end: noise.harmonic(steps),
 }
-
-
-def last(x):
-  """Move channels last: [..., C, H, W] to [..., H, W, C]."""
-  return jnp.moveaxis(jnp.asarray(x), -3, -1)
-
-
-def first(x):
-  """Move channels first: [..., H, W, C] to [..., C, H, W]."""
-  return np.moveaxis(np.asarray(x), -1, -3)
 
 
 def toy(params, x, t, *, learned=True):
@@ -137,14 +129,7 @@ def _dit(cfg, arrays):
     num_classes=cfg['classes'],
     scan=True,
   )
-  side = (sizes['input_size'],) * 2
-  x, zero = jnp.zeros((1, *side, sizes['in_channels'])), jnp.zeros(1)
-  template = jax.eval_shape(model.init, jax.random.key(0), x, zero)['params']
-  prefix = 'w/dit.'
-  state = {
-    k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)
-  }
-  return model, convert_dit.from_dit(state, template)
+  return model, released.dit_params(model, arrays, 'w/dit.')
 
 
 def _dit_losses(cfg, arrays, x0):

@@ -10,6 +10,8 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import released
+from released import first, last
 
 from vfm_jax import convert_dit, guidance
 from vfm_jax.models.dit import SIZES, DiT
@@ -55,9 +57,7 @@ def run_a_dit_forward(meta: dict, arrays: dict) -> dict:
   )
   x, t, y = last(arrays['in/x']), arrays['in/t'], arrays['in/y']
   t_frac, forced = arrays['in/t_frac'], arrays['in/force_drop_ids'] == 1
-  template = jax.eval_shape(model.init, jax.random.key(0), x, t, y)['params']
-  state = {k[2:]: v for k, v in arrays.items() if k.startswith('w/')}
-  params = convert_dit.from_dit(state, template)
+  params = released.dit_params(model, arrays)
 
   @jax.jit
   def forward(params, *args, **kwargs):
@@ -102,16 +102,6 @@ def run_a_dit_forward(meta: dict, arrays: dict) -> dict:
 
 def table(n, dim):
   return positions.sincos_2d((n, n), dim, first='w')
-
-
-def last(x):
-  """Move channels last: [B, C, H, W] to [B, H, W, C]."""
-  return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def first(x):
-  """Move channels first: [B, H, W, C] to [B, C, H, W]."""
-  return np.moveaxis(np.asarray(x), -1, 1)
 
 
 def intermediates(model, params, x, t, y, arrays):

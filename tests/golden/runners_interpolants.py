@@ -10,6 +10,8 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import released
+from released import first, last
 
 from vfm_jax import convert_dit, guidance, solvers
 from vfm_jax.models.dit import DiT
@@ -36,16 +38,6 @@ METHODS = {
   'heun3': 'heun3',
   'rk4': 'rk4',
 }
-
-
-def last(x):
-  """Move channels last: [..., C, H, W] to [..., H, W, C]."""
-  return jnp.moveaxis(jnp.asarray(x), -3, -1)
-
-
-def first(x):
-  """Move channels first: [..., H, W, C] to [..., C, H, W]."""
-  return np.moveaxis(np.asarray(x), -1, -3)
 
 
 def toy(params, x, t):
@@ -160,12 +152,7 @@ def _network(cfg, arrays):
     learn_sigma=sit.get('learn_sigma', True),
     num_classes=cfg['classes'],
   )
-  size = sit['input_size']
-  x = jnp.zeros((1, size, size, sit['in_channels']))
-  y = jnp.zeros(1, jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), x, jnp.zeros(1), y)
-  state = {k[2:]: v for k, v in arrays.items() if k.startswith('w/')}
-  return model, convert_dit.from_dit(state, shapes['params'])
+  return model, released.dit_params(model, arrays)
 
 
 def _guided(model, forward, y, scale):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vfm_jax import samplers
+from vfm_jax.ops import likelihood
 from vfm_jax.ops.diffusion import Gaussian, Restrict
 
 
@@ -56,7 +57,7 @@ def bits_per_dim(
     )
 
   def error(a, b):
-    return jnp.square(a - b).mean(tuple(range(1, x0.ndim)))
+    return likelihood.mean(jnp.square(a - b))
 
   def body(carry, inputs):
     j, z = inputs

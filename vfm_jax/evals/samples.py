@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vfm_jax import plots, sharding
 from vfm_jax.evals.base import Held, to_host
-from vfm_jax.objectives.base import PyTree, Samples
+from vfm_jax.objectives.base import PyTree, Samples, example_keys
 
 
 def draw_samples(
@@ -92,6 +91,5 @@ def save_samples(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _draw(held, params, batch, rng, shape):
-  keys = jax.vmap(lambda row: jax.random.fold_in(rng, row))(batch['row'])
-  x = held.objective.sample(params, keys, shape, batch.get('y'))
-  return jnp.asarray(x)
+  keys = example_keys(rng, batch)
+  return held.objective.sample(params, keys, shape, batch.get('y'))

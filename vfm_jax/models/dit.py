@@ -4,20 +4,23 @@ Peebles & Xie 2022 (arXiv:2212.09748): patches, fixed positions, blocks with
 adaptive LayerNorms, and a linear layer back to patches.
 """
 
-from typing import Literal, NamedTuple
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vfm_jax.models import sizes
 from vfm_jax.nn import adaln, layers
 from vfm_jax.nn.transformer import Remat, Stack
 from vfm_jax.ops import positions as pos
 from vfm_jax.ops import tokens as tok
 
 
-class Dims(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Dims:
   """Hold the dimensions that a size letter stands for."""
 
   width: int
@@ -89,13 +92,7 @@ class DiT(nn.Module):
   @property
   def dims(self) -> Dims:
     """Return the dimensions after all replacements."""
-    if self.size not in SIZES:
-      raise ValueError(
-        f'expected `denoiser.size` in {list(SIZES)}, found {self.size!r}'
-      )
-    given = {n: getattr(self, n) for n in Dims._fields}
-    given = {n: v for n, v in given.items() if v is not None}
-    return SIZES[self.size]._replace(**given)
+    return sizes.resolve(SIZES, self, 'denoiser')
 
   @property
   def patch_shape(self) -> tok.Grid:
@@ -105,10 +102,9 @@ class DiT(nn.Module):
   @property
   def built_grid(self) -> tok.Grid:
     """Return the token grid that the positions are built for."""
-    size = self.input_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, self.frames, height, width, self.channels)
-    return tok.token_grid(shape, self.patch_shape, path='denoiser')
+    return sizes.built_grid(
+      self.input_size, self.frames, self.patch_shape, 'denoiser'
+    )
 
   @property
   def out_channels(self) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vfm_jax.models import sizes
 from vfm_jax.nn import layers
 from vfm_jax.nn.transformer import Block, QkvBias, Remat, Stack
 from vfm_jax.ops import positions as pos
@@ -107,14 +108,7 @@ class VideoViT(nn.Module):
   @property
   def dims(self) -> Dims:
     """Return the dimensions after all replacements."""
-    if self.size not in SIZES:
-      raise ValueError(
-        f'expected `encoder.size` in {list(SIZES)}, found {self.size!r}'
-      )
-    names = [f.name for f in dataclasses.fields(Dims)]
-    given = {n: getattr(self, n) for n in names}
-    given = {n: v for n, v in given.items() if v is not None}
-    return dataclasses.replace(SIZES[self.size], **given)
+    return sizes.resolve(SIZES, self, 'encoder')
 
   @property
   def patch_shape(self) -> tok.Grid:
@@ -124,10 +118,9 @@ class VideoViT(nn.Module):
   @property
   def built_grid(self) -> tok.Grid:
     """Return the token grid that the positions are built for."""
-    size = self.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, self.frames, height, width, 3)
-    return tok.token_grid(shape, self.patch_shape)
+    return sizes.built_grid(
+      self.image_size, self.frames, self.patch_shape, 'encoder'
+    )
 
   def setup(self):
     """Make the submodules (called by Flax)."""

@@ -13,6 +13,7 @@ from flax.linen.dtypes import promote_dtype
 from vfm_jax.nn import layers
 from vfm_jax.ops import linear
 from vfm_jax.ops.attention import attention
+from vfm_jax.ops.keys import fold
 
 QkvBias = Literal['none', 'qv', 'full']
 Remat = Literal['none', 'full', 'dots']
@@ -167,7 +168,7 @@ class Block(nn.Module):
         gamma = self.param(f'gamma_{i}', start, (x.shape[-1],))
         y = y * gamma.astype(y.dtype)
       if keys is not None:
-        branch_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+        branch_keys = fold(keys, i)
         y = layers.drop_path(y, drop_path, branch_keys)
       x = x + y
     return x
@@ -240,7 +241,7 @@ class Stack(nn.Module):
       args = () if cond is None else (cond, layer)
       if keys is None:
         return block(x, *args)
-      layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+      layer_keys = fold(keys, layer)
       return block(x, *args, drop_path=rate, keys=layer_keys)
 
     if self.remat == 'dots':

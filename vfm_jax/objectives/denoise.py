@@ -1,7 +1,7 @@
 """Learn to undo noise: diffusion and interpolants, with or without labels."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vfm_jax.objectives import base
 from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.ops.keys import fold
 from vfm_jax.ops.process import NOISE_LEVELS, Process
 from vfm_jax.ops.timesteps import Times
 from vfm_jax.sampling import Sampling
@@ -86,13 +87,13 @@ class Denoise:
     keys = base.example_keys(rng, batch)
     times = self.times if train else None
     if times is None:
-      t, importance = self.process.draw_time(_fold(keys, _TIME)), 1.0
+      t, importance = self.process.draw_time(fold(keys, _TIME)), 1.0
     else:
-      t, importance = times.draw(extra['times'], _fold(keys, _TIME))
+      t, importance = times.draw(extra['times'], fold(keys, _TIME))
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(
-      _fold(keys, _NOISE)
+      fold(keys, _NOISE)
     )
-    drop = self._drop(_fold(keys, _LABEL)) if train and y is not None else None
+    drop = self._drop(fold(keys, _LABEL)) if train and y is not None else None
     x_t = self.process.corrupt(x0, eps, t)
     output = self._apply(params, x_t, t, y, drop)
     losses, parts = self.process.loss(output, x0, eps, x_t, t)
@@ -114,16 +115,7 @@ class Denoise:
       sums=total[None], counts=count[None], metrics=metrics, extra=extra
     )
 
-  def after_update(
-    self,
-    extra: base.PyTree,
-    params: base.PyTree,
-    step: jax.Array,
-    metrics: Mapping[str, jax.Array],
-  ) -> base.PyTree:
-    """Return `extra`: nothing is learned without a gradient."""
-    del params, step, metrics
-    return extra
+  after_update = base.keep_extra
 
   def denoise(
     self,
@@ -269,7 +261,3 @@ def _pictures(x):
   x = x if x.ndim == 5 else x[:, None]
   x = jnp.round(127.5 * (jnp.clip(x, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
   return jnp.broadcast_to(x, (*x.shape[:-1], 3))
-
-
-def _fold(keys, data):
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)

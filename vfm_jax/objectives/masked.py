@@ -1,7 +1,7 @@
 """Learn by reconstructing the pixels of hidden tokens (VideoMAE, V2)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,6 +13,7 @@ from vfm_jax.models.predictors import PixelDecoder
 from vfm_jax.objectives import base
 from vfm_jax.ops import masking
 from vfm_jax.ops import tokens as tok
+from vfm_jax.ops.keys import fold
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -121,8 +122,8 @@ class Masked:
     out = self.reconstruct(
       params,
       self._pixels(batch),
-      _fold(keys, 0),
-      drop_keys=_fold(keys, 2) if train else None,
+      fold(keys, 0),
+      drop_keys=fold(keys, 2) if train else None,
     )
     error = jnp.square(out.pred - out.target).mean(-1)
     total, count = (error * out.weight).sum(), out.weight.sum()
@@ -133,16 +134,7 @@ class Masked:
       extra=extra,
     )
 
-  def after_update(
-    self,
-    extra: base.PyTree,
-    params: base.PyTree,
-    step: jax.Array,
-    metrics: Mapping[str, jax.Array],
-  ) -> base.PyTree:
-    """Return `extra`: nothing is learned without a gradient."""
-    del params, step, metrics
-    return extra
+  after_update = base.keep_extra
 
   def embed(self, params: base.PyTree, batch: base.Batch) -> jax.Array:
     """Return the mean of all tokens after the final norm, f32 [B, D]."""
@@ -165,7 +157,7 @@ class Masked:
     """
     del extra
     video = self._pixels(batch)
-    keys = _fold(base.example_keys(rng, batch), 0)
+    keys = fold(base.example_keys(rng, batch), 0)
     whole = dataclasses.replace(self, decoder_mask=None)
     out = whole.reconstruct(params, video, keys)
     patch = self.encoder.patch_shape
@@ -213,7 +205,7 @@ class Masked:
     grid = tok.token_grid(video.shape, patch, path='objective.encoder')
     visible_idx, target_idx, weight = self._draw(mask_keys, grid)
     encoder_keys, decoder_keys = (
-      None if drop_keys is None else _fold(drop_keys, i) for i in range(2)
+      None if drop_keys is None else fold(drop_keys, i) for i in range(2)
     )
     encoded = _apply(
       self.encoder,
@@ -246,7 +238,7 @@ class Masked:
     skipped = masking.num_hidden(
       self.decoder_mask, grid, path='objective.decoder_mask'
     )
-    decoder_mask = self.decoder_mask(_fold(keys, 1), grid)
+    decoder_mask = self.decoder_mask(fold(keys, 1), grid)
     target_idx, _ = tok.split_by_mask(decoder_mask, skipped)
     weight = jnp.take_along_axis(mask, target_idx, axis=1)
     return visible_idx, target_idx, weight.astype(jnp.float32)
@@ -281,10 +273,6 @@ class Masked:
 
 def _apply(module, params, *args, **kwargs) -> Any:
   return module.apply({'params': params}, *args, **kwargs)
-
-
-def _fold(keys, data):
-  return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
 def _standardise(patches, channels):

@@ -241,14 +241,8 @@ def _where(condition, new, old):
   """Choose by a condition [B], or [S, B] for stacked states."""
   old = jax.tree.map(lambda a: old, new) if isinstance(old, float) else old
   return jax.tree.map(
-    lambda a, b: jnp.where(_align(condition, a), a, b), new, old
+    lambda a, b: jnp.where(bcast(condition, a), a, b), new, old
   )
-
-
-def _align(coefficient, x):
-  """Return a coefficient [B] or [S, B] with the dimensions of x."""
-  shape = coefficient.shape
-  return coefficient.reshape(shape + (1,) * (x.ndim - len(shape)))
 
 
 def _interpolate(y0, y1, dt, slopes, place):
@@ -267,7 +261,7 @@ def _interpolate(y0, y1, dt, slopes, place):
   middle = rk.advance(y0, dt, _DOPRI5_MIDDLE, slopes)
 
   def leaf(a, b, slope_a, slope_b, middle):
-    x, h = _align(place, a[None]), bcast(dt, a)
+    x, h = bcast(place, a[None]), bcast(dt, a)
     rise, da, db = b - a, h * slope_a, h * slope_b
     cubic = a + x * rise
     cubic += x * (1 - x) * ((1 - x) * (da - rise) - x * (db - rise))

@@ -81,5 +81,9 @@ class Process(Protocol):
 
 
 def bcast(coefficient: jax.Array, x: jax.Array) -> jax.Array:
-  """Return a coefficient [B] as [B, 1, ...], to multiply x [B, ...]."""
-  return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1))
+  """Return a coefficient [B] as [B, 1, ...], to multiply x [B, ...].
+
+  More leading axes do as well: [S, B] for x [S, B, ...].
+  """
+  ones = (1,) * (x.ndim - coefficient.ndim)
+  return coefficient.reshape(coefficient.shape + ones)
