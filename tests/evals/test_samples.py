@@ -75,7 +75,7 @@ def test_mistakes_are_told(run):
   exp, workdir = run
   with pytest.raises(ValueError, match=r'labels from 0 to 3 .*found \[4\]'):
     verbs.sample(exp, workdir, labels=[1, 4])
-  with pytest.raises(TypeError, match='Masked draws no samples'):
+  with pytest.raises(ValueError, match='Masked draws no samples'):
     verbs.sample(experiment('tiny_masked.py'), workdir)
   unlabelled = dataclasses.replace(
     exp.objective, label=None, sampling=Sampling(scale=2.0)
