@@ -90,13 +90,12 @@ def sample(
     The files written, see `evals.samples.save_samples`.
 
   Raises:
-    TypeError: the objective draws no samples.
-    ValueError: a label is not one of the objective's.
+    ValueError: the objective draws no samples, or has no such label.
     CheckpointError: the work directory holds no checkpoint of this model.
   """
   objective = exp.objective
   if not isinstance(objective, Samples):
-    raise TypeError(
+    raise ValueError(
       f'config.objective: {type(objective).__name__} draws no samples; the '
       '`sample` verb is for objectives such as Denoise'
     )
