@@ -6,7 +6,6 @@ of the file is used or ignored by a rule that gives its reason, every parameter
 is set, and every shape is checked.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import re
@@ -17,9 +16,9 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vfm_jax import trees
+from vfm_jax import torch_files, torch_stream, trees
 from vfm_jax.nn import transformer
-from vfm_jax.optional import require
+from vfm_jax.torch_files import ConversionError
 
 PyTree = Any
 State = Mapping[str, np.ndarray]
@@ -27,10 +26,6 @@ State = Mapping[str, np.ndarray]
 # Where released files keep the weights, and what wrappers add to names.
 _WRAPPERS = ('model', 'module', 'state_dict')
 _PREFIXES = ('module.', '_orig_mod.')
-
-
-class ConversionError(ValueError):
-  """A checkpoint and the parameters do not fit together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,42 +165,47 @@ def sources(paths: Sequence[str], state: State) -> dict[str, Source]:
 def read_checkpoint(
   path: str | pathlib.Path, *, entry: str | None = None
 ) -> dict[str, np.ndarray]:
+  """Read the tensors of a file, as `read_entry` does, without saying which."""
+  return read_entry(path, entry=entry)[1]
+
+
+def read_entry(
+  path: str | pathlib.Path, *, entry: str | None = None
+) -> tuple[str | None, dict[str, np.ndarray]]:
   """Read the tensors of a .safetensors, .npz, .pt, .pth or .bin file.
 
   Wrappers of torch files ('model', 'module', 'state_dict') and name prefixes
-  of wrapped modules are removed.
+  of wrapped modules are removed. Torch is not needed.
 
   Args:
     path: the file.
     entry: entry of a torch file that holds the weights, such as 'ema'; None
       for the first wrapper there is, or the file itself.
 
+  Returns:
+    The entry that was read, or None for the file itself, and its tensors by
+    name; those of a torch file as float32.
+
   Raises:
+    ConversionError: a torch file that is cut off, of another format, or holds
+      something else than tensors.
     ValueError: another suffix, or no such entry.
-    ImportError: a torch file, and torch is not installed.
   """
   path = pathlib.Path(path)
-  if path.suffix == '.safetensors':
+  if path.suffix in ('.pt', '.pth', '.bin'):
+    entry, state = _torch_state(path, entry)
+  elif entry is not None:
+    raise ValueError(
+      f'expected a torch file to read the entry {entry!r} of, found '
+      f'{path.name}, which has no entries; leave --entry out'
+    )
+  elif path.suffix == '.safetensors':
     from safetensors.numpy import load_file
 
     state = load_file(path)
   elif path.suffix == '.npz':
     with np.load(path, allow_pickle=False) as file:
       state = dict(file)
-  elif path.suffix in ('.pt', '.pth', '.bin'):
-    torch = require('torch', 'parity')
-    # Trainers save their command line beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-      state = torch.load(path, map_location='cpu', weights_only=True)
-    if entry is not None and entry not in state:
-      raise ValueError(
-        f'expected an entry {entry!r} in {path.name}, found {sorted(state)}'
-      )
-    for wrapper in _WRAPPERS if entry is None else (entry,):
-      if isinstance(state.get(wrapper), Mapping):
-        state = state[wrapper]
-        break
-    state = {k: v.float().numpy() for k, v in state.items()}
   else:
     raise ValueError(
       'expected a checkpoint .safetensors, .npz, .pt, .pth or .bin, found '
@@ -216,7 +216,44 @@ def read_checkpoint(
     while any(name.startswith(p) for p in _PREFIXES):
       name = name.split('.', 1)[1]
     out[name] = tensor
-  return out
+  return entry, out
+
+
+def _torch_state(path, entry):
+  """Return the entry that is read, and its tensors."""
+  old = torch_stream.is_stream(path)
+  saved = (torch_stream if old else torch_files).read(path)
+  if not isinstance(saved, Mapping):
+    raise ConversionError(
+      f'{path}: expected a dict of tensors, found a {type(saved).__name__}'
+    )
+  if entry is not None and entry not in saved:
+    raise ValueError(
+      f'expected an entry {entry!r} in {path.name}, found '
+      f'{sorted(map(str, saved))}'
+    )
+  if entry is None:
+    entry = next(
+      (w for w in _WRAPPERS if isinstance(saved.get(w), Mapping)), None
+    )
+  state = saved if entry is None else saved[entry]
+  if not isinstance(state, Mapping):
+    raise ConversionError(
+      f'{path}: expected a dict of tensors as the entry {entry!r}, found a '
+      f'{type(state).__name__}'
+    )
+  if bad := [k for k, v in state.items() if not _is_tensor(v)]:
+    raise ConversionError(
+      f'{path}: expected tensors alone, found others under {bad[:5]}; name '
+      'the entry that holds the weights with --entry, one of '
+      f'{sorted(map(str, saved))}'
+    )
+  arrays = {k: np.asarray(v.read(), np.float32) for k, v in state.items()}
+  return entry, arrays
+
+
+def _is_tensor(value):
+  return isinstance(value, torch_files.Tensor)
 
 
 def transpose(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,7 +4,6 @@ Two layouts of names are known: that of the released DiT models, which SiT,
 DTR and others share, and that of a `diffusers` folder.
 """
 
-import json
 import math
 import pathlib
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vfm_jax import convert, trees
+from vfm_jax import convert, convert_folder, trees
 from vfm_jax.models.dit import DiT
 from vfm_jax.nn import transformer
 from vfm_jax.ops import positions
@@ -160,27 +159,18 @@ def read_diffusers(
 
   Args:
     folder: of the transformer, with `config.json` and
-      `diffusion_pytorch_model.safetensors` (or `.bin`, which needs torch), or
+      `diffusion_pytorch_model.safetensors` (or `.bin`), or
       of a pipeline that has it as `transformer`.
 
   Raises:
     ConversionError: a file is missing, or the config is of another model.
   """
-  folder = pathlib.Path(folder)
-  if (folder / 'transformer').is_dir():
-    folder = folder / 'transformer'
-  if not (folder / 'config.json').is_file():
-    raise convert.ConversionError(f'expected a config.json in {folder}')
-  config = json.loads((folder / 'config.json').read_text())
-  for key, expected in (
-    ('norm_type', 'ada_norm_zero'),
-    ('activation_fn', 'gelu-approximate'),
-  ):
-    if config.get(key, expected) != expected:
-      raise convert.ConversionError(
-        f'expected {key} {expected!r} in {folder}/config.json, found '
-        f'{config[key]!r}'
-      )
+  found = convert_folder.find(
+    folder,
+    'transformer',
+    {'norm_type': 'ada_norm_zero', 'activation_fn': 'gelu-approximate'},
+  )
+  config = found.config
   channels = config['in_channels']
   model = DiT(
     width=config['num_attention_heads'] * config['attention_head_dim'],
@@ -192,14 +182,7 @@ def read_diffusers(
     learn_sigma=(config.get('out_channels') or channels) == 2 * channels,
     num_classes=config['num_embeds_ada_norm'],
   )
-  for suffix in ('safetensors', 'bin'):
-    path = folder / f'diffusion_pytorch_model.{suffix}'
-    if path.is_file():
-      return model, convert.read_checkpoint(path)
-  raise convert.ConversionError(
-    f'expected diffusion_pytorch_model.safetensors or .bin in {folder}, found '
-    f'{sorted(p.name for p in folder.iterdir())}'
-  )
+  return model, convert.read_checkpoint(found.weights)
 
 
 def _conversion(layer, leaf):

@@ -14,6 +14,7 @@ from vfm_jax import checkpoint as checkpoint_lib
 from vfm_jax import sharding, trees
 from vfm_jax import step as step_lib
 from vfm_jax.data import pipeline
+from vfm_jax.data.latent_pipeline import LatentPipeline
 from vfm_jax.evals import base as evals_base
 from vfm_jax.objectives import base as objectives_base
 from vfm_jax.optim import Optimizer, Row
@@ -30,8 +31,8 @@ class Data:
       this process, which starts at once and suits small sets.
   """
 
-  train: pipeline.Pipeline
-  val: pipeline.Pipeline | None = None
+  train: pipeline.Pipeline | LatentPipeline
+  val: pipeline.Pipeline | LatentPipeline | None = None
   workers: int = 0
 
 
@@ -89,6 +90,7 @@ class Experiment:
     eval_every: steps between evaluations; 0 evaluates at the end only.
     eval_at_start: also evaluate the initial parameters.
     embed: examples of each split that the `embed` verb writes.
+    latents: pictures of each split that the `latents` verb encodes.
     log_every: steps between reports.
     max_skipped: non-finite steps in a row that stop the run.
     watchdog_s: seconds without a finished step that are reported; 0 is off.
@@ -116,6 +118,9 @@ class Experiment:
   eval_every: int = 0
   eval_at_start: bool = False
   embed: Mapping[str, pipeline.Pipeline] = dataclasses.field(
+    default_factory=dict
+  )
+  latents: Mapping[str, pipeline.Pipeline] = dataclasses.field(
     default_factory=dict
   )
   log_every: int = 20

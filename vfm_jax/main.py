@@ -1,6 +1,7 @@
 """Turn flags into a config and a config into one verb.
 
-python -m vfm_jax.main [train|eval|embed|sample|describe|convert|study]
+python -m vfm_jax.main
+  [train|eval|embed|sample|latents|describe|convert|export|study]
   --config=configs/quickstart.py[:variant] [--config.a.b=value ...]
   [--workdir=DIR]
 """
@@ -17,9 +18,11 @@ from ml_collections import config_flags
 from vfm_jax import config as config_lib
 from vfm_jax import runtime, study, train, verbs
 from vfm_jax.checkpoint import CheckpointError
+from vfm_jax.data.latents import Dtype
 from vfm_jax.data.pipeline import TooManyBadVideos
 from vfm_jax.evals.store import Sampling
 from vfm_jax.experiment import Experiment
+from vfm_jax.export import Format
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Recipe, with :variant if it has any.', lock_config=True
@@ -47,6 +50,26 @@ _SOURCE = flags.DEFINE_string(
 )
 _ENTRY = flags.DEFINE_string(
   'entry', None, 'convert: entry of a torch file with the weights, as in ema.'
+)
+_WEIGHTS = flags.DEFINE_string(
+  'weights', None, 'export: params, or an average as in ema/0.9999.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'released', get_args(Format), 'export: names of the tensors.'
+)
+_OUT = flags.DEFINE_string(
+  'out', None, 'export: file, or folder for --format=diffusers.'
+)
+_VAE = flags.DEFINE_string(
+  'vae', None, 'latents: folder of the autoencoder, as diffusers saves it.'
+)
+_SHARDS = flags.DEFINE_integer('shards', 1, 'latents: files of a split.')
+_FLIPS = flags.DEFINE_bool('flips', True, 'latents: also mirror images.')
+_LATENT_DTYPE = flags.DEFINE_enum(
+  'latent_dtype', 'float16', get_args(Dtype), 'latents: type in the files.'
+)
+_LATENT_BATCH = flags.DEFINE_integer(
+  'latent_batch', None, 'latents: examples at a time; the batch by default.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, where it is not found alone.'
@@ -157,6 +180,22 @@ def _sample(exp: Experiment, workdir: str, config) -> None:
   print(json.dumps({k: str(v) for k, v in written.items()}, indent=1))
 
 
+def _latents(exp: Experiment, workdir: str, config) -> None:
+  del config
+  if not _VAE.value:
+    raise app.UsageError('latents needs --vae=DIR')
+  written = verbs.latents(
+    exp,
+    workdir,
+    _VAE.value,
+    batch_size=_LATENT_BATCH.value,
+    num_shards=_SHARDS.value,
+    flips=_FLIPS.value,
+    dtype=cast(Dtype, _LATENT_DTYPE.value),
+  )
+  print(json.dumps(written, indent=1, sort_keys=True))
+
+
 def _describe(exp: Experiment, workdir: str, config) -> None:
   del workdir
   print(config_lib.to_text(config))
@@ -167,8 +206,27 @@ def _convert(exp: Experiment, workdir: str, config) -> None:
   del config
   if not _SOURCE.value:
     raise app.UsageError('convert needs --source=FILE')
-  n = verbs.convert(exp, workdir, _SOURCE.value, entry=_ENTRY.value)
-  print(f'{n:,} parameters written to {workdir}/checkpoints/0')
+  done = verbs.convert(exp, workdir, _SOURCE.value, entry=_ENTRY.value)
+  entry = f' of the entry {done.entry!r}' if done.entry else ''
+  print(
+    f'{done.num_params:,} parameters{entry} of {_SOURCE.value} written to '
+    f'{workdir}/checkpoints/0'
+  )
+
+
+def _export(exp: Experiment, workdir: str, config) -> None:
+  del config
+  done = verbs.export(
+    exp,
+    workdir,
+    _OUT.value,
+    weights=_WEIGHTS.value,
+    layout=cast(Format, _FORMAT.value),
+  )
+  print(
+    f'{done.weights} of step {done.step}: {done.num_values:,} numbers in '
+    f'{done.num_tensors} tensors written to {done.path}'
+  )
 
 
 def _study(exp: Experiment, workdir: str, config) -> None:
@@ -182,8 +240,10 @@ _VERBS: dict[str, Callable[..., None]] = {
   'eval': _eval,
   'embed': _embed,
   'sample': _sample,
+  'latents': _latents,
   'describe': _describe,
   'convert': _convert,
+  'export': _export,
   'study': _study,
 }
 

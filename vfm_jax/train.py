@@ -22,7 +22,7 @@ from vfm_jax import plots, runtime, sharding
 from vfm_jax import step as step_lib
 from vfm_jax.evals import reconstruct
 from vfm_jax.experiment import Experiment
-from vfm_jax.objectives import base
+from vfm_jax.objectives import base, frozen
 
 
 class NonFiniteError(RuntimeError):
@@ -47,6 +47,9 @@ def train(
     OSError: `workdir` cannot be written.
   """
   check_writable(workdir)
+  # What evaluations read from files is asked for before the hours go by.
+  if isinstance(exp.objective, frozen.Frozen):
+    exp.objective.frozen()
   mesh = sharding.make_mesh(exp.mesh)
   shardings = exp.shardings(mesh)
   info = _record(workdir, config)
@@ -245,7 +248,8 @@ class _Loop:
       sharding.put_batch(batch, self.mesh),
       jax.random.key(self.exp.seed),
     )
-    self.writer.videos(step, videos)
+    if videos:
+      self.writer.videos(step, videos)
 
 
 def _watchdog(exp: Experiment):

@@ -2,16 +2,22 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 
-from vfm_jax import checkpoint, convert_dit, sharding, train
+from vfm_jax import checkpoint, convert_dit, convert_vae, sharding, train
 from vfm_jax import convert as convert_lib
 from vfm_jax import describe as describe_lib
+from vfm_jax import export as export_lib
+from vfm_jax import step as step_lib
+from vfm_jax.data import latents as latents_lib
 from vfm_jax.evals import embed as embed_lib
 from vfm_jax.evals import samples as samples_lib
 from vfm_jax.evals import store
+from vfm_jax.evals.base import to_host
 from vfm_jax.experiment import Experiment
+from vfm_jax.latents import write_latents
 from vfm_jax.objectives.base import Samples
 from vfm_jax.objectives.denoise import Denoise
 
@@ -68,6 +74,59 @@ def embed(
       )
       for split, pipeline in exp.embed.items()
     }
+
+
+def latents(
+  exp: Experiment,
+  workdir: str,
+  vae: str,
+  *,
+  batch_size: int | None = None,
+  num_shards: int = 1,
+  flips: bool = True,
+  dtype: latents_lib.Dtype = 'float16',
+) -> dict[str, int]:
+  """Encode each split of `exp.latents` into `workdir/latents/<split>`.
+
+  Args:
+    exp: whose `latents` are encoded.
+    workdir: where they go.
+    vae: folder of the autoencoder, see `convert_vae.load`.
+    batch_size: examples encoded at a time; that of the run by default.
+    num_shards: number of files of a split.
+    flips: also encode the mirror images.
+    dtype: of the stored moments.
+
+  Returns:
+    The number of examples written, by split; {} on all processes but the first.
+
+  Raises:
+    ConversionError: the folder holds no such autoencoder.
+    ValueError: the recipe names no split, or one cannot be encoded.
+    FileExistsError: a split is there already.
+  """
+  if not exp.latents:
+    raise ValueError(
+      'config.latents is empty: give it the pipelines to encode, by split, as '
+      'in latents=dict(train=ref(Pipeline, ...), val=ref(Pipeline, ...))'
+    )
+  loaded = convert_vae.load(vae)
+  mesh = sharding.make_mesh(exp.mesh)
+  written = {}
+  for split, pipeline in exp.latents.items():
+    manifest = write_latents(
+      loaded,
+      pipeline,
+      f'{workdir}/latents/{split}',
+      batch_size=batch_size or exp.batch_size,
+      num_shards=num_shards,
+      flips=flips,
+      dtype=dtype,
+      mesh=mesh,
+    )
+    if manifest:
+      written[split] = manifest['count']
+  return written
 
 
 def sample(
@@ -138,20 +197,29 @@ def describe(
   )
 
 
+class Converted(NamedTuple):
+  """Say what `convert` read.
+
+  Attributes:
+    num_params: number of parameters that were set.
+    entry: entry of a torch file that they are from; None for the file itself.
+  """
+
+  num_params: int
+  entry: str | None
+
+
 def convert(
   exp: Experiment, workdir: str, source: str, *, entry: str | None = None
-) -> int:
+) -> Converted:
   """Write the weights of a foreign file as the checkpoint of step 0.
 
   Args:
     exp: whose objective the weights are for: `Masked` takes VideoMAE files,
       `Denoise` files of DiT and SiT and folders that diffusers saved.
     workdir: where the checkpoint goes; it must hold none.
-    source: `.safetensors`, `.npz` or (with the `parity` extra) torch file.
+    source: `.safetensors`, `.npz` or torch file.
     entry: entry of a torch file with the weights, such as `ema` or `model`.
-
-  Returns:
-    The number of parameters that were set.
 
   Raises:
     ConversionError: a tensor is missing, left over or of another shape.
@@ -165,7 +233,7 @@ def convert(
         f'{workdir}/checkpoints holds step {saved.latest_step()} already; '
         'change --workdir'
       )
-    params = _converted(exp, source, entry)
+    params, entry = _converted(exp, source, entry)
     state = exp.first_state(shardings).replace(
       params=jax.device_put(params, shardings.params),
       # Averages start where the parameters do, in buffers of their own.
@@ -176,17 +244,98 @@ def convert(
     )
     saved.save(0, state, force=True)
     saved.wait()
-  return sum(x.size for x in jax.tree.leaves(params))
+  return Converted(sum(x.size for x in jax.tree.leaves(params)), entry)
 
 
 def _converted(exp: Experiment, source: str, entry: str | None):
-  """Return the parameters of the objective, from a file or folder."""
+  """Return the parameters of the objective and the entry they are from."""
   template = exp.abstract_state.params
+  folder = pathlib.Path(source).is_dir()
+  if folder and entry is not None:
+    raise ValueError(
+      f'expected a torch file to read the entry {entry!r} of, found the folder '
+      f'{source}; leave --entry out'
+    )
   if isinstance(exp.objective, Denoise):
-    if pathlib.Path(source).is_dir():
+    if folder:
       _, state = convert_dit.read_diffusers(source)
     else:
-      state = convert_lib.read_checkpoint(source, entry=entry)
-    return {'denoiser': convert_dit.from_dit(state, template['denoiser'])}
-  state = convert_lib.read_checkpoint(source, entry=entry)
-  return convert_lib.from_videomae(state, template)
+      entry, state = convert_lib.read_entry(source, entry=entry)
+    params = convert_dit.from_dit(state, template['denoiser'])
+    return {'denoiser': params}, entry
+  entry, state = convert_lib.read_entry(source, entry=entry)
+  return convert_lib.from_videomae(state, template), entry
+
+
+class Exported(NamedTuple):
+  """Say what `export` wrote.
+
+  Attributes:
+    path: file, or folder, that holds it.
+    weights: `params`, or `ema/<decay>` for an average.
+    step: of the checkpoint.
+    num_tensors: number of tensors.
+    num_values: number of numbers in them.
+  """
+
+  path: pathlib.Path
+  weights: str
+  step: int
+  num_tensors: int
+  num_values: int
+
+
+def export(
+  exp: Experiment,
+  workdir: str,
+  out: str | None = None,
+  *,
+  weights: str | None = None,
+  layout: export_lib.Format = 'released',
+) -> Exported:
+  """Write the weights of the latest checkpoint in a layout others read.
+
+  Args:
+    exp: whose objective the weights are of; see `export.write`.
+    workdir: of the run.
+    out: file, or folder for `diffusers`; by default one in `workdir/export`
+      that is named after the step and the weights.
+    weights: `params`, or `ema/<decay>` for an average; by default those that
+      evaluations use.
+    layout: names of the tensors: those of the released models, or `diffusers`.
+
+  Raises:
+    ValueError: no such average is kept.
+    ConversionError: the layout has no place for the objective or a parameter.
+    CheckpointError: the work directory holds no checkpoint of this model.
+  """
+  averages = [f'ema/{step_lib.ema_key(decay)}' for decay in exp.ema]
+  if weights is None:
+    decay = exp.eval_ema
+    weights = 'params' if decay is None else f'ema/{step_lib.ema_key(decay)}'
+  if weights not in ('params', *averages):
+    raise ValueError(
+      f'--weights: expected one of {["params", *averages]}, as config.ema '
+      f'says, found {weights!r}'
+    )
+  mesh = sharding.make_mesh(exp.mesh)
+  with sharding.activations(mesh):
+    state = exp.restore(workdir, mesh)
+  params = state.params
+  if weights != 'params':
+    params = state.ema[weights.removeprefix('ema/')]
+  step = int(state.step)
+  if out is None:
+    name = f'step_{step}-{weights.replace("/", "_")}'
+    suffix = '' if layout == 'diffusers' else '.safetensors'
+    out = f'{workdir}/export/{name}{suffix}'
+  tensors = export_lib.write(
+    exp.objective, jax.tree.map(to_host, params), out, layout=layout
+  )
+  return Exported(
+    pathlib.Path(out),
+    weights,
+    step,
+    len(tensors),
+    sum(x.size for x in tensors.values()),
+  )

@@ -140,3 +140,22 @@ def test_frame_folders(tmp_path):
   with source[0].open() as reader:
     assert (reader.num_frames, reader.fps) == (3, 12.0)
     np.testing.assert_array_equal(reader.read([2])[0, 0, 0], [2, 2, 2])
+
+
+def test_folder_images(tmp_path):
+  for i, name in enumerate(('n02/b.png', 'n01/a.jpeg', 'n02/c.png')):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    image = PIL.Image.fromarray(np.full((8, 9), 40 * i, np.uint8))  # grey
+    image.save(tmp_path / name)
+  (tmp_path / 'n01' / 'bad.jpg').write_bytes(b'\xff\xd8 no image')
+  source = folder.FolderImages(str(tmp_path))
+  assert source.classes == ('n01', 'n02')
+  found = [(source[i].id, source[i].labels['label']) for i in range(4)]
+  assert found == [
+    ('n01/a.jpeg', 0), ('n01/bad.jpg', 0), ('n02/b.png', 1), ('n02/c.png', 1),
+  ]  # fmt: skip
+  with source[3].open() as reader:
+    assert (reader.num_frames, reader.height, reader.width) == (1, 8, 9)
+    np.testing.assert_array_equal(reader.read([0])[0, 0, 0], [80, 80, 80])
+  with pytest.raises(video.DecodeError, match=r'bad\.jpg is not a readable'):
+    source[1].open()

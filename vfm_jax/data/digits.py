@@ -72,7 +72,9 @@ class Digits:
 
 
 def _open(source: Digits, label: int, place: int) -> video.Reader:
-  image = np.pad(_images()[label, place], source.pad)
+  image = _images()[label, place]
+  if source.pad:
+    image = np.pad(image, source.pad)
   return video.ArrayReader(image[None, :, :, None], 1.0)
 
 

@@ -193,14 +193,23 @@ class Eval:
     )
 
 
-def stack(examples: list[dict[str, Any]], path: str) -> dict[str, Any]:
-  """Stack examples into a batch, with the reports of all bad videos."""
+def stack_clips(examples: list[dict[str, Any]], path: str) -> dict[str, Any]:
+  """Stack examples of clips into a batch.
+
+  Raises:
+    ValueError: the clips differ in shape.
+  """
   shapes = {e['video'].shape for e in examples}
   if len(shapes) > 1:
     raise ValueError(
       f'{path}.transform: the clips of a batch must have one shape, got '
       f'{sorted(shapes)}; crop or resize to a fixed size'
     )
+  return stack(examples)
+
+
+def stack(examples: list[dict[str, Any]]) -> dict[str, Any]:
+  """Stack examples into a batch, with the reports of all bad videos."""
   batch: dict[str, Any] = {
     key: np.stack([e[key] for e in examples])
     for key in examples[0]

@@ -1,4 +1,4 @@
-"""Read plain folders: videos listed by a CSV, videos as found, frame folders.
+"""Read plain folders: listed by a CSV, as found, folders of frames, images.
 
 Rows and listings are read at the first use and kept per process, not in the
 objects, which stay small and picklable.
@@ -180,13 +180,13 @@ class FolderVideos:
   @property
   def classes(self) -> tuple[str, ...]:
     """Sorted names of the sub-folders that hold videos."""
-    return _classes(_videos(self.root, self.suffixes))
+    return _classes(_files(self.root, self.suffixes))
 
   def __len__(self) -> int:
-    return len(_videos(self.root, self.suffixes))
+    return len(_files(self.root, self.suffixes))
 
   def __getitem__(self, index: int) -> video.Video:
-    files = _videos(self.root, self.suffixes)
+    files = _files(self.root, self.suffixes)
     sources.check_index(index, len(files))
     return video.Video(
       files[index],
@@ -240,9 +240,46 @@ class FrameFolders:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+  """Take every jpg or png image under a root as a video of one frame.
+
+  Attributes:
+    root: folder to search, with its sub-folders, one a class as in ImageNet.
+    label: as in `FolderVideos`.
+  """
+
+  root: str
+  label: str = 'label'
+
+  @property
+  def label_names(self) -> tuple[str, ...]:
+    """Names of the labels."""
+    return (self.label,) if self.label else ()
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Sorted names of the sub-folders that hold images."""
+    return _classes(_files(self.root, video.IMAGE_SUFFIXES))
+
+  def __len__(self) -> int:
+    return len(_files(self.root, video.IMAGE_SUFFIXES))
+
+  def __getitem__(self, index: int) -> video.Video:
+    files = _files(self.root, video.IMAGE_SUFFIXES)
+    sources.check_index(index, len(files))
+    return video.Video(
+      files[index],
+      _folder_label(self.label, files[index], self.classes),
+      functools.partial(
+        video.open_image, os.path.join(self.root, files[index])
+      ),
+    )
+
+
 @once.once()
-def _videos(root: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:
-  """List the videos under root, relative, with forward slashes, sorted."""
+def _files(root: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+  """List the files under root, relative, with forward slashes, sorted."""
   return _listing(root, lambda p: p.suffix.lower() in suffixes)
 
 

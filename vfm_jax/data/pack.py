@@ -8,15 +8,13 @@ output folder appears only when it is complete; an existing one is refused.
 """
 
 import argparse
-import json
-import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
 
 from vfm_jax.data import arrayrecord, avreader, folder, video
+from vfm_jax.data import shards as shards_lib
 
 
 def pack(source: folder.FolderCSV, out: str, shards: int = 1) -> dict:
@@ -31,66 +29,25 @@ def pack(source: folder.FolderCSV, out: str, shards: int = 1) -> dict:
     FileExistsError: `out` exists already.
     ValueError: no video of the source is usable, or fewer than shards.
   """
-  from array_record.python import (
-    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
-  )
-
-  target = pathlib.Path(out)
-  if target.exists():
-    raise FileExistsError(f'--out: {out} exists already; remove it first')
   if not 1 <= shards <= len(source):
     raise ValueError(
       f'--shards: {shards} is outside 1..{len(source)}, the number of videos'
     )
-  partial = target.with_name(f'.{target.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  names = [
-    f'videos-{s:05d}-of-{shards:05d}.array_record' for s in range(shards)
-  ]
-  writers = [
-    array_record_module.ArrayRecordWriter(str(partial / name), 'group_size:1')
-    for name in names
-  ]
-  counts = [0] * shards
   skipped = []
-  for index in range(len(source)):
-    try:
-      record = _record(source, index)
-    except video.BadVideo as e:
-      skipped.append({'id': e.name, 'reason': e.reason})
-      continue
-    shard = sum(counts) % shards
-    writers[shard].write(record)
-    counts[shard] += 1
-  for writer in writers:
-    writer.close()
-  if not all(counts):
-    shutil.rmtree(partial)
-    raise ValueError(
-      f'--csv: only {sum(counts)} of {len(source)} videos are usable, too few '
-      f'for {shards} shards; first problems: {skipped[:3]}'
+  with shards_lib.Writer(arrayrecord.KIND, out, shards) as writer:
+    for index in range(len(source)):
+      try:
+        writer.write(_record(source, index))
+      except video.BadVideo as e:
+        skipped.append({'id': e.name, 'reason': e.reason})
+    if not all(writer.counts):
+      raise ValueError(
+        f'--csv: only {sum(writer.counts)} of {len(source)} videos are '
+        f'usable, too few for {shards} shards; first problems: {skipped[:3]}'
+      )
+    return writer.finish(
+      {'label_names': list(source.label_names), 'skipped': skipped}
     )
-  manifest = {
-    'format': arrayrecord.FORMAT,
-    'version': arrayrecord.VERSION,
-    'count': sum(counts),
-    'label_names': list(source.label_names),
-    'shards': [
-      {
-        'file': name,
-        'count': count,
-        'bytes': (partial / name).stat().st_size,
-        'sha256': arrayrecord.sha256(partial / name),
-      }
-      for name, count in zip(names, counts, strict=True)
-    ],
-    'skipped': skipped,
-  }
-  with open(partial / arrayrecord.MANIFEST, 'w', encoding='utf-8') as f:
-    json.dump(manifest, f, indent=2)
-  os.rename(partial, target)
-  return manifest
 
 
 def _record(source: folder.FolderCSV, index: int) -> bytes:
@@ -101,7 +58,7 @@ def _record(source: folder.FolderCSV, index: int) -> bytes:
   data = pathlib.Path(source.root, example.id).read_bytes()
   # The reader of the packed set sees bytes, not a file: open them so, too.
   avreader.EncodedReader(data, example.id).close()
-  return arrayrecord.pack_record(example.id, dict(example.labels), data)
+  return shards_lib.pack_record(example.id, dict(example.labels), data)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

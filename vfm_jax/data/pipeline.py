@@ -1,9 +1,4 @@
-"""Feed batches: order, decoding, workers, batching.
-
-Grain reads ahead in threads or processes. There is no state to save: the batch
-of a step is a function of (seed, step), whatever the number of workers and
-hosts, so a run resumes at any step on any number of them.
-"""
+"""Turn a source of videos into batches: order, decoding, transforms."""
 
 import dataclasses
 import functools
@@ -12,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vfm_jax.data import augment, examples, sources, video, whole
+from vfm_jax.data import augment, examples, feed, sources, video, whole
 from vfm_jax.data import batches as batches_lib
 from vfm_jax.data import clips as clips_lib
 from vfm_jax.data.batches import Batches, Stats, TooManyBadVideos
@@ -166,10 +161,11 @@ class Pipeline:
     self._check_source()
     account = Batches(lambda: iter(()), self._limit())
     load = whole.Load(self.source, self.clip, self.transform, seed)
-    dataset = _grain().MapDataset.range(
+    dataset = feed.import_grain().MapDataset.range(
       process_index, self.num_examples, process_count
     )
-    for item, bad in dataset.map(load).to_iter_dataset(self._read_options(2)):
+    options = feed.read_options(self.threads, 2)
+    for item, bad in dataset.map(load).to_iter_dataset(options):
       account.record([bad])
       if item is not None:
         yield item
@@ -223,21 +219,10 @@ class Pipeline:
 
   def _local_size(self, batch_size: int, process_count: int) -> int:
     self._check_source()
-    if batch_size < 1 or batch_size % process_count:
-      raise ValueError(
-        f'batch_size: {batch_size} does not divide by the {process_count} '
-        'processes'
-      )
-    return batch_size // process_count
+    return feed.local_size(batch_size, process_count)
 
   def _limit(self) -> batches_lib.Limit:
     return batches_lib.Limit(self.max_bad_rate, self.bad_grace, self.path)
-
-  def _read_options(self, ahead: int) -> Any:
-    return _grain().ReadOptions(
-      num_threads=self.threads,
-      prefetch_buffer_size=max(self.threads, ahead),
-    )
 
   def _batches(
     self,
@@ -246,38 +231,12 @@ class Pipeline:
     steps: int | None,
     workers: int,
   ) -> Batches:
-    """Wire a loader of examples to grain."""
-    local = loader.local_size
-    stack = functools.partial(examples.stack, path=self.path)
-
-    def start() -> Iterator[dict[str, Any]]:
-      grain = _grain()
-      # Far more steps than any run has stand for no end.
-      stop = start_step + 2**40 if steps is None else steps
-      dataset = grain.MapDataset.range(start_step * local, stop * local)
-      dataset = dataset.map(loader)
-      if not workers:
-        # Threads work on examples, so one batch is ready soon.
-        dataset = dataset.to_iter_dataset(self._read_options(2 * local))
-        return iter(dataset.batch(local, batch_fn=stack))
-      # Worker w takes the batches w, w + workers, ...: order is kept.
-      dataset = dataset.batch(local, batch_fn=stack).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-      )
-      options = grain.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=2
-      )
-      return iter(dataset.mp_prefetch(options))
-
-    return Batches(start, self._limit())
-
-
-def _grain() -> Any:
-  """Import grain late: it is slow, and only iterating needs it."""
-  import grain.python as grain
-  from absl import flags
-
-  # Grain reads absl flags; a notebook or a test never parses them.
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  return grain
+    return feed.batches(
+      loader,
+      functools.partial(examples.stack_clips, path=self.path),
+      self._limit(),
+      start_step=start_step,
+      steps=steps,
+      workers=workers,
+      threads=self.threads,
+    )

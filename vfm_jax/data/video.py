@@ -147,16 +147,7 @@ class FrameFolderReader(Reader):
     self.height, self.width = self._image(0).shape[:2]
 
   def _image(self, index: int) -> np.ndarray:
-    import PIL.Image
-
-    file = self._files[index]
-    try:
-      with PIL.Image.open(file) as image:
-        return np.asarray(image.convert('RGB'))
-    except OSError as e:
-      raise DecodeError(
-        self._name, f'frame {file.name} is not a readable image: {e}'
-      ) from e
+    return _read_image(self._name, self._files[index])
 
   def read(self, indices: np.ndarray) -> np.ndarray:
     """Return uint8 [n, H, W, 3] frames; see `Reader`."""
@@ -170,3 +161,26 @@ class FrameFolderReader(Reader):
           f'{(self.height, self.width)}',
         )
     return np.stack(frames)[inverse]
+
+
+def open_image(file: str | pathlib.Path) -> ArrayReader:
+  """Serve an image as a video of one frame.
+
+  Raises:
+    DecodeError: it is not a readable image.
+  """
+  image = _read_image(str(file), pathlib.Path(file))
+  return ArrayReader(image[None], 1.0, str(file))
+
+
+def _read_image(name: str, file: pathlib.Path) -> np.ndarray:
+  """Return uint8 [H, W, 3]; errors are about the video `name`."""
+  import PIL.Image
+
+  try:
+    with PIL.Image.open(file) as image:
+      return np.asarray(image.convert('RGB'))
+  except OSError as e:
+    raise DecodeError(
+      name, f'frame {file.name} is not a readable image: {e}'
+    ) from e

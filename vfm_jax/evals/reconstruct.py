@@ -13,6 +13,7 @@ import numpy as np
 from vfm_jax import plots
 from vfm_jax.evals.base import Held, to_host
 from vfm_jax.objectives.base import Batch, PyTree, Visualises
+from vfm_jax.objectives.frozen import with_frozen
 
 
 def reconstruct(
@@ -36,6 +37,7 @@ def reconstruct(
       f'{type(objective).__name__} has no visualise(params, extra, batch, '
       'rng); see Visualises in vfm_jax/objectives/base.py'
     )
+  params = with_frozen(objective, params)
   shown = _visualise(Held(objective), params, extra, dict(batch), rng)
   keep = slice(None)
   if 'valid' in batch:

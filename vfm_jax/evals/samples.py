@@ -12,6 +12,7 @@ import numpy as np
 from vfm_jax import plots, sharding
 from vfm_jax.evals.base import Held, to_host
 from vfm_jax.objectives.base import PyTree, Samples, example_keys
+from vfm_jax.objectives.frozen import with_frozen
 
 
 def draw_samples(
@@ -21,6 +22,7 @@ def draw_samples(
   labels: Sequence[int] | None,
   *,
   count: int,
+  start: int = 0,
   seed: int = 0,
   batch_size: int = 16,
   mesh: Any = None,
@@ -35,6 +37,7 @@ def draw_samples(
     shape: of one sample, as in the data.
     labels: label i % len(labels) goes to sample i; None for no labels.
     count: number of samples.
+    start: number of the first one.
     seed: of the keys.
     batch_size: samples drawn at once.
     mesh: devices to draw on.
@@ -48,7 +51,8 @@ def draw_samples(
       'Samples in vfm_jax/objectives/base.py'
     )
   held, drawn = Held(objective), []
-  for first in range(0, count, batch_size):
+  params = with_frozen(objective, params)
+  for first in range(start, start + count, batch_size):
     # The last batch is filled up, so that one program serves all.
     rows = np.arange(first, first + batch_size, dtype=np.int32)
     batch = {'row': rows}

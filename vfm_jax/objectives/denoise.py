@@ -7,8 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from vfm_jax.objectives import base
+from vfm_jax.objectives.frozen import Decoder
 from vfm_jax.ops.diffusion import Gaussian
 from vfm_jax.ops.keys import fold
 from vfm_jax.ops.process import NOISE_LEVELS, Process
@@ -38,6 +40,8 @@ class Denoise:
       with each microbatch.
     bins: number of equal ranges of the noise level to report the loss of.
     sampling: how pictures during training and the `sample` verb are drawn.
+    decoder: makes pictures of latents, see `latents.LatentDecoder`; None takes
+      samples of 1 or 3 channels as pictures.
   """
 
   denoiser: nn.Module
@@ -47,6 +51,7 @@ class Denoise:
   times: Times | None = None
   bins: int = 4
   sampling: Sampling = Sampling()
+  decoder: Decoder | None = None
 
   def init(
     self, rng: jax.Array, batch: base.Batch
@@ -187,8 +192,31 @@ class Denoise:
     shape: tuple[int, ...],
     y: jax.Array | None = None,
   ) -> jax.Array:
-    """Return what `draw` does as pictures, uint8 [B, T, H, W, 3]."""
-    return _pictures(self.draw(params, keys, shape, y))
+    """Return what `draw` does as pictures, uint8 [B, T, H, W, 3].
+
+    Args:
+      params: as in `draw`, and from `objectives.frozen.with_frozen` where there
+        is a decoder.
+      keys: as in `draw`, and so the others.
+      shape: of one sample.
+      y: labels.
+
+    Raises:
+      ValueError: samples are latents, and there is nothing to decode them.
+    """
+    if not self._drawable(params):
+      raise ValueError(
+        'samples of '
+        f'{shape[-1]} channels are latents: to see them, set '
+        '`objective.decoder` to ref(LatentDecoder, path=DIR), with the folder '
+        f'of their autoencoder; found {self.decoder}'
+      )
+    return self._pictures(params, self.draw(params, keys, shape, y))
+
+  def frozen(self) -> dict[str, base.PyTree]:
+    """Return the weights of the decoder under 'decoder', if there are any."""
+    weights = None if self.decoder is None else self.decoder.weights()
+    return {} if weights is None else {'decoder': weights}
 
   def visualise(
     self,
@@ -197,12 +225,21 @@ class Denoise:
     batch: base.Batch,
     rng: jax.Array,
   ) -> dict[str, jax.Array]:
-    """Return uint8 [B, T, H, W, 3]: data, and samples with the same labels."""
+    """Return uint8 [B, T, H, W, 3]: data, and samples with the same labels.
+
+    Latents that nothing decodes give no pictures, {}, and a warning.
+    """
     del extra
+    if not self._drawable(params):
+      logging.warning(
+        'No pictures: latents need `objective.decoder` with a path, found %s',
+        self.decoder,
+      )
+      return {}
     x = self._samples(batch)
     keys = base.example_keys(rng, batch)
     return {
-      'data': _pictures(x),
+      'data': self._pictures(params, x),
       'sample': self.sample(params, keys, x.shape[1:], self._labels(batch)),
     }
 
@@ -250,14 +287,15 @@ class Denoise:
       )
     return jnp.asarray(labels[self.label])
 
+  def _drawable(self, params):
+    if 'decoder' in params:
+      return True
+    return self.decoder is None and self.denoiser.channels in (1, 3)
 
-def _pictures(x):
-  """Return samples in [-1, 1], [B, (T,) H, W, C], as uint8 [B, T, H, W, 3]."""
-  if x.shape[-1] not in (1, 3):
-    raise ValueError(
-      'expected samples of 1 or 3 colours to draw, found '
-      f'{x.shape[-1]} channels'
-    )
-  x = x if x.ndim == 5 else x[:, None]
-  x = jnp.round(127.5 * (jnp.clip(x, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
-  return jnp.broadcast_to(x, (*x.shape[:-1], 3))
+  def _pictures(self, params, x):
+    """Return samples [B, (T,) H, W, C] as uint8 [B, T, H, W, 3]."""
+    if self.decoder is not None:
+      x = self.decoder.decode(params['decoder'], x)
+    x = x if x.ndim == 5 else x[:, None]
+    x = jnp.round(127.5 * (jnp.clip(x, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
+    return jnp.broadcast_to(x, (*x.shape[:-1], 3))

@@ -1,0 +1,42 @@
+"""Resize images as published feature networks expect it."""
+
+from typing import Literal
+
+import jax
+import numpy as np
+
+Grid = Literal['corner', 'center']
+
+
+def bilinear(x: jax.Array, size: int, grid: Grid = 'center') -> jax.Array:
+  """Interpolate to a square, without a filter against aliasing.
+
+  Args:
+    x: f32 [B, H, W, C].
+    size: height and width of the result.
+    grid: where pixel i of n lies: `center` at (i + 1/2) / n, as in torch and
+      TensorFlow 2; `corner` at i / n, as in TensorFlow 1 by default.
+
+  Returns:
+    f32 [B, size, size, C].
+  """
+  rows = _weights(x.shape[1], size, grid)
+  columns = _weights(x.shape[2], size, grid)
+  return jax.numpy.einsum(
+    'ih,bhwc,jw->bijc', rows, x, columns, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def _weights(old: int, new: int, grid: Grid) -> np.ndarray:
+  """Return the weight of each old pixel in each new one, f32 [new, old]."""
+  place = np.arange(new, dtype=np.float32) * np.float32(old / new)
+  if grid == 'center':
+    half = np.float32(0.5)
+    place = (np.arange(new, dtype=np.float32) + half) * np.float32(old / new)
+    place = np.maximum(place - half, 0)
+  low = np.floor(place).astype(np.int32)
+  fraction = place - low
+  out = np.zeros((new, old), np.float32)
+  np.add.at(out, (np.arange(new), low), 1 - fraction)
+  np.add.at(out, (np.arange(new), np.minimum(low + 1, old - 1)), fraction)
+  return out
