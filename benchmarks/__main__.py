@@ -1,9 +1,9 @@
 """Run the benchmarks, print one table and write it with all times.
 
-    python -m benchmarks [masked_step loop_overhead decoding] [--rounds 9]
+    python -m benchmarks [masked_step dit_step ...] [--rounds 9]
 
-`masked_step` needs the extra `parity` (torch, transformers) and, for
-torch.compile, a C++ compiler.
+`masked_step`, `dit_step` and `dit_sampling` need the extra `parity` (torch,
+transformers, diffusers) and, for torch.compile, a C++ compiler.
 """
 
 import argparse
@@ -13,7 +13,13 @@ import sys
 
 from benchmarks import results
 
-NAMES = ('masked_step', 'loop_overhead', 'decoding')
+NAMES = (
+  'masked_step',
+  'dit_step',
+  'dit_sampling',
+  'loop_overhead',
+  'decoding',
+)
 
 
 def main(argv: list[str]) -> int:

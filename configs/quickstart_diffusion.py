@@ -1,51 +1,80 @@
-"""Train a tiny class-conditional diffusion transformer on real digits, on CPU.
+"""Train a small class-conditional diffusion transformer on real digits, on CPU.
 
     python -m vfm_jax.main --config=configs/quickstart_diffusion.py
     python -m vfm_jax.main sample --config=configs/quickstart_diffusion.py
 
-Variants: none for Gaussian diffusion (DiT, arXiv:2212.09748); `:flow` for
+Variants: none for Gaussian diffusion (DiT, arXiv:2212.09748); `flow` for
 linear interpolants with velocity prediction (SiT, arXiv:2401.08740). 4,500
-digits of 28 x 28 pixels, padded to 32 x 32, without latents. Pictures of the
-average of the weights appear in `media/` during training.
+digits of 28 x 28 pixels, without latents. Pictures of the average of the
+weights appear in `media/` during training. At the start and every 600 steps
+the Frechet distance of 200 samples to 500 held-out digits is measured with
+EfficientNet-lite0. `:measure` and `:flow-measure` are for the verb `eval`: 500
+samples, and how often a classifier of real digits sees in them the class that
+was asked for, which takes two minutes more.
 
-Ours: 1,500 steps take 6 minutes on 2 cores; the loss ends at 0.039. Strokes
-then lie where those of the class lie, but most digits can't be read yet:
-`--config.steps` has to be larger, and how large is not known. `:flow` was run
-for two steps only.
+What made digits legible in minutes: patches of 7 pixels (16 tokens; 64 tokens
+of 4 pixels cost four times as much and had seen too few digits), and for
+Gaussian diffusion v instead of the noise on a cosine schedule. Ours, all.
 """
+
+import itertools
 
 from vfm_jax import optim, samplers, schedules, solvers
 from vfm_jax.config import bind, ref, variant
 from vfm_jax.data import augment, clips
 from vfm_jax.data.digits import Digits
 from vfm_jax.data.pipeline import Pipeline
+from vfm_jax.evals.agreement import Agreement
+from vfm_jax.evals.generation import Generation
+from vfm_jax.evals.networks import EfficientNetLite0
 from vfm_jax.experiment import Checkpoints, Data, Experiment
 from vfm_jax.models.dit import DiT
 from vfm_jax.objectives.denoise import Denoise
-from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.ops import noise
+from vfm_jax.ops.diffusion import Gaussian, unit_range
 from vfm_jax.ops.interpolants import Interpolant
+from vfm_jax.ops.runge_kutta import Fixed
 from vfm_jax.sampling import Sampling
 
 
 def get_config(arg=None):
-  """Return the recipe for Gaussian diffusion, or `flow`."""
-  process, sampler = variant(
-    arg,
-    {
-      '': (ref(Gaussian), bind(samplers.ddim, steps='50')),
-      'flow': (ref(Interpolant), bind(solvers.ode, num_steps=50)),
-    },
-  )
+  """Return the recipe for Gaussian diffusion, or `flow`, to `measure` it."""
+  processes = {
+    '': (
+      ref(Gaussian, schedule=noise.cosine, predicts='v', variance='small'),
+      bind(samplers.ddim, steps='25', restrict=unit_range),
+    ),
+    'flow': (
+      ref(Interpolant),
+      bind(solvers.ode, solver=ref(Fixed, method='heun'), num_steps=13),
+    ),
+  }
+  parts = itertools.product(processes, ('', 'measure'))
+  chosen, measure = variant(arg, {'-'.join(filter(None, p)): p for p in parts})
+  process, sampler = processes[chosen]
 
   def pipeline(split, path):
     return ref(
       Pipeline,
-      source=ref(Digits, split=split),
+      source=ref(Digits, split=split, pad=0),
       clip=bind(clips.uniform, frames=1),
       transform=augment.identity,
       path=path,
     )
 
+  train = pipeline('train', 'data.train')
+  val = pipeline('val', 'data.val')
+  evals = {
+    'digits': ref(
+      Generation,
+      reference=val,
+      features=ref(EfficientNetLite0, size=96),
+      count=500 if measure else 200,
+      batch_size=100,
+    )
+  }
+  if measure:
+    evals['classes'] = ref(Agreement, train=train, val=val, count=500)
   return ref(
     Experiment,
     objective=ref(
@@ -53,31 +82,36 @@ def get_config(arg=None):
       denoiser=ref(
         DiT,
         size='S',
-        width=128,
+        width=192,
         depth=4,
-        heads=4,
-        patch=4,
+        heads=6,
+        patch=7,
+        input_size=28,
         channels=1,
+        learn_sigma=False,
         num_classes=10,
       ),
       process=process,
       data='video',
-      sampling=ref(Sampling, sampler=sampler, scale=2.0),
+      sampling=ref(Sampling, sampler=sampler, scale=3.0),
     ),
-    data=ref(
-      Data,
-      train=pipeline('train', 'data.train'),
-      val=pipeline('val', 'data.val'),
-    ),
+    data=ref(Data, train=train, val=val),
     optim=ref(
       optim.Optimizer,
-      lr=bind(schedules.warmup_cosine, peak=1e-3, final=1e-5, warmup_steps=100),
+      lr=bind(
+        schedules.warmup_cosine, peak=1.5e-3, final=1e-5, warmup_steps=100
+      ),
+      method=bind(optim.adam, b2=0.99),
+      weight_decay=0.0,
+      clip_norm=1.0,
     ),
-    batch_size=32,
-    steps=1500,
+    batch_size=64,
+    steps=1800,
     ema=(0.995,),
     eval_ema=0.995,
     log_every=100,
-    eval_every=500,
-    checkpoint=ref(Checkpoints, every_steps=500),
+    evals=evals,
+    eval_every=600,
+    eval_at_start=True,
+    checkpoint=ref(Checkpoints, every_steps=600),
   )

@@ -176,8 +176,9 @@ def test_unknown_benchmark(capsys):
 
 
 def test_the_driver_needs_no_torch(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  monkeypatch.setitem(sys.modules, 'transformers', None)
-  for name in ('masked_step', 'results', 'interleave'):
+  for name in ('torch', 'transformers', 'diffusers'):
+    monkeypatch.setitem(sys.modules, name, None)
+  names = ('contestants', 'results', 'interleave')
+  for name in (*names, 'masked_step', 'dit_step', 'dit_sampling'):
     sys.modules.pop(f'benchmarks.{name}', None)
     importlib.import_module(f'benchmarks.{name}')

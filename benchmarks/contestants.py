@@ -1,0 +1,109 @@
+"""Share what the contestants of several benchmarks need."""
+
+import functools
+import math
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks import interleave
+
+# As launch/setup.sh sets for users: glibc keeps the memory of a step.
+KEEP_MEMORY = types.MappingProxyType(
+  {
+    'MALLOC_ARENA_MAX': '1',
+    'MALLOC_MMAP_THRESHOLD_': '8589934592',
+    'MALLOC_TRIM_THRESHOLD_': '17179869184',
+    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+  }
+)
+RETURN_MEMORY = types.MappingProxyType(dict.fromkeys(KEEP_MEMORY))
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def against_torch(module: str) -> list[interleave.Contestant]:
+  """Return torch eager, torch.compile and ours, with both ways of malloc.
+
+  Args:
+    module: program that serves as `torch`, `torch_compile` and `vfm_jax`.
+  """
+  return [
+    interleave.Contestant(name, ('-m', module, framework), env)
+    for name, framework, env in (
+      ('torch eager', 'torch', KEEP_MEMORY),
+      ('torch.compile', 'torch_compile', KEEP_MEMORY),
+      ('vfm_jax', 'vfm_jax', KEEP_MEMORY),
+      ('torch eager, malloc defaults', 'torch', RETURN_MEMORY),
+      ('vfm_jax, malloc defaults', 'vfm_jax', RETURN_MEMORY),
+    )
+  ]
+
+
+def main(ours: Callable[[], None], theirs: Callable[[bool], None]) -> None:
+  """Serve as the contestant that the command line names.
+
+  Args:
+    ours: serves as this library.
+    theirs: serves as torch, with or without torch.compile.
+  """
+  {
+    'vfm_jax': ours,
+    'torch': functools.partial(theirs, False),
+    'torch_compile': functools.partial(theirs, True),
+  }[sys.argv[1]]()
+
+
+def notes(what: str, peer: str) -> str:
+  """Return the conditions of a comparison with torch.
+
+  Args:
+    what: one unit of work.
+    peer: the class of the contestants on torch.
+  """
+  return (
+    f'{what} in float32 on {CORES} CPU cores; malloc as launch/setup.sh sets '
+    f'it, for all but the rows that say otherwise. The peer is {peer}.'
+  )
+
+
+def serve_train_step(
+  objective: Any, batch: Mapping[str, Any], work: Mapping[str, int]
+) -> None:
+  """Be the contestant of this library: an AdamW step of an objective.
+
+  Args:
+    objective: what is trained.
+    batch: what it is trained on, in each step.
+    work: what has to be equal for a fair comparison; the number of parameters
+      is added.
+  """
+  import jax
+
+  from vfm_jax import optim, schedules, step
+
+  params, _ = jax.eval_shape(lambda: step.init_params(objective, 0, batch))
+  tx, _ = optim.Optimizer(
+    lr=functools.partial(schedules.constant, value=1e-4)
+  ).build(params, 1000)
+  state = jax.jit(lambda: step.init_state(objective, tx, 0, batch))()
+  train_step = jax.jit(step.make_train_step(objective, tx), donate_argnums=0)
+  batch = jax.device_put(batch)
+
+  def one():
+    nonlocal state
+    state, metrics = train_step(state, batch)
+    jax.block_until_ready((state, metrics))
+
+  interleave.serve(
+    one,
+    work={**work, 'parameters': count(jax.tree.leaves(params))},
+    version=jax.__version__,
+  )
+
+
+def count(parameters: Sequence[Any]) -> int:
+  """Return the number of numbers in arrays or tensors."""
+  return sum(math.prod(x.shape) for x in parameters)
