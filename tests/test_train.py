@@ -261,3 +261,10 @@ def test_a_checkpoint_of_another_model_is_named_and_kept(tmp_path):
   with pytest.raises(checkpoint.CheckpointError, match='blocks_2'):
     train.train(other, str(tmp_path))
   exp.restore(str(tmp_path), sharding.make_mesh(exp.mesh))
+
+
+def test_labels_beyond_the_classes_stop_the_run(tmp_path):
+  recipe = str(RECIPES['denoise'])
+  exp = experiment(recipe, **{'objective.denoiser.num_classes': 1})
+  with pytest.raises(ValueError, match=r"expected 'shape' from 0 to 0 .*found"):
+    train.train(exp, str(tmp_path))

@@ -163,7 +163,11 @@ class _Loop:
       process_count=count,
       workers=self.exp.data.workers,
     )
+    objective = self.exp.objective
+    checks = isinstance(objective, base.Checks)
     for batch in self._source:
+      if checks:
+        objective.check(batch)
       yield sharding.put_batch(batch, self.mesh)
 
   def record(self, step: int, metrics: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class Pixelwise(nn.Module):
 
   label_dropout: float = 0.5
   channels: int = 6
+  num_classes: int = 3
 
   @nn.compact
   def __call__(self, x, t, y=None, *, drop=None, tau=None):
@@ -200,3 +201,15 @@ def test_errors_name_what_to_change(params):
     loss_of(params, Denoise(Pixelwise(), label='class'))
   with pytest.raises(ValueError, match=r'process\.variance'):
     loss_of(params, Denoise(Pixelwise(), Gaussian(variance='small')))
+
+
+def test_labels_that_have_no_row_are_refused():
+  objective = Denoise(Pixelwise())
+  labels = np.arange(3, dtype=np.int32)
+  batch = {'labels': {'label': labels}, 'index': 10 + labels}
+  objective.check(batch)
+  batch['labels'] = {'label': labels + objective.denoiser.num_classes - 1}
+  with pytest.raises(
+    ValueError, match=r'num_classes`\), found \[\d+, \d+\] .* \[11, 12\]'
+  ):
+    objective.check(batch)

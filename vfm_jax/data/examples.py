@@ -5,6 +5,7 @@ example comes from (seed, epoch, index), so it does not matter who computes it.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +33,16 @@ def shuffled(position: int, length: int, seed: int) -> tuple[int, int]:
   from grain import experimental
 
   epoch, place = divmod(position, length)
-  key = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
   # Few rounds of the cipher leave visible order in small sets.
   index = experimental.index_shuffle(
-    place, max_index=length - 1, seed=key, rounds=8
+    place, max_index=length - 1, seed=_epoch_key(seed, epoch), rounds=8
   )
   return epoch, int(index)
+
+
+@functools.lru_cache(4)
+def _epoch_key(seed: int, epoch: int) -> int:
+  return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,6 +104,19 @@ class Denoises(Protocol):
 
 
 @runtime_checkable
+class Checks(Protocol):
+  """Optional: look at what comes to a host before it goes to the devices."""
+
+  def check(self, batch: Batch) -> None:
+    """Accept this host's rows of a training batch, numpy arrays.
+
+    Raises:
+      ValueError: a value is one that the compiled step could not complain of.
+    """
+    ...
+
+
+@runtime_checkable
 class Visualises(Protocol):
   """Optional: produce pictures of what the model does."""
 

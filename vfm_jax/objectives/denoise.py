@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from vfm_jax.objectives import base
@@ -163,6 +164,24 @@ class Denoise:
       y,
       self.denoiser.null_label,
     )
+
+  def check(self, batch: base.Batch) -> None:
+    """Refuse labels that the network has no row for.
+
+    Raises:
+      ValueError: names the label and the examples.
+    """
+    if self.label is None or self.label not in batch['labels']:
+      return
+    y = np.asarray(batch['labels'][self.label])
+    bad = (y < 0) | (y >= self.denoiser.num_classes)
+    if bad.any():
+      raise ValueError(
+        f'expected {self.label!r} from 0 to {self.denoiser.num_classes - 1} '
+        '(`objective.denoiser.num_classes`), found '
+        f'{np.unique(y[bad]).tolist()} in the examples '
+        f'{batch["index"][bad][:5].tolist()} of `data.train`'
+      )
 
   def check_labels(self, labels: Sequence[int] | None) -> list[int] | None:
     """Return the labels to draw: those given, or by default all there are.
