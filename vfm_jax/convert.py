@@ -256,6 +256,13 @@ def _is_tensor(value):
   return isinstance(value, torch_files.Tensor)
 
 
+def to_torch(path: str, x: np.ndarray) -> np.ndarray:
+  """Return a parameter as torch has it: matrices (out, in), flat biases."""
+  if path.endswith('kernel'):
+    return x.reshape(len(x), -1).T
+  return x.ravel() if path.endswith('bias') else x
+
+
 def transpose(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """Return a Linear weight as a kernel; a scale, of one axis, as it is."""
   del shape

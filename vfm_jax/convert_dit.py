@@ -113,10 +113,8 @@ def to_dit(params: PyTree, model: DiT) -> dict[str, np.ndarray]:
     if path == 'patch_embed/kernel':
       p, c = model.patch, model.channels
       x = x.reshape(p, p, c, -1).transpose(3, 2, 0, 1)
-    elif path.endswith('kernel'):
-      x = x.reshape(len(x), -1).T
-    elif path.endswith('bias'):
-      x = x.ravel()
+    else:
+      x = convert.to_torch(path, x)
     out[source.names[0]] = np.ascontiguousarray(x)
   return out
 

@@ -94,10 +94,8 @@ def to_videomae(
       x = x.reshape(1, -1, x.shape[-1])
     elif path.endswith('attn/log_scale'):
       x = x[:, None, None]
-    elif path.endswith('kernel'):
-      x = x.reshape(len(x), -1).T
-    elif path.endswith('bias'):
-      x = x.ravel()
+    else:
+      x = convert.to_torch(path, x)
     out[source.names[0]] = np.ascontiguousarray(x)
   return out
 

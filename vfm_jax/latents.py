@@ -114,7 +114,7 @@ def write_latents(
     vae_sha256=vae.sha256,
     label_names=names,
   )
-  slot, slots = (0, 1) if mesh is None else sharding.process_slot(mesh)
+  slot, slots = sharding.process_slot(mesh)
   place = None if mesh is None else sharding.replicated(mesh)
   encode = functools.partial(
     jax.jit(_encode, static_argnums=(0, 3)),

@@ -241,15 +241,17 @@ def check_batch(rows: int, mesh: AnyMesh) -> None:
     )
 
 
-def process_slot(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def process_slot(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
   """Return (index, count): which part of each batch this process loads.
 
   It is (process_index, process_count) unless the tensor or seq axis reaches
-  over processes, which then load the same rows.
+  over processes, which then load the same rows; without a mesh it is all.
 
   Raises:
     ShardingError: the rows of two processes overlap in part.
   """
+  if mesh is None:
+    return 0, 1
   parts = math.prod(mesh.shape.get(a, 1) for a in BATCH)
   held: dict[int, set[int]] = {}
   where = batch_sharding(mesh).devices_indices_map((parts,))

@@ -40,6 +40,22 @@ def shuffled(position: int, length: int, seed: int) -> tuple[int, int]:
   return epoch, int(index)
 
 
+def place(loader: Any, local: int) -> tuple[int, int]:
+  """Return where a local position of this process is.
+
+  Args:
+    loader: has `batch_size` of the global batch, `local_size` of this process's
+      part of it and `first_row`, where that begins.
+    local: number of the example among those of this process.
+
+  Returns:
+    Row in the global batch, and position in the whole run or pass.
+  """
+  step, row = divmod(local, loader.local_size)
+  row += loader.first_row
+  return row, step * loader.batch_size + row
+
+
 @functools.lru_cache(4)
 def _epoch_key(seed: int, epoch: int) -> int:
   return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
@@ -71,10 +87,9 @@ class Train:
 
   def __call__(self, local: int) -> dict[str, Any]:
     """Return the example, or its nearest good neighbour."""
-    step, row = divmod(local, self.local_size)
-    row += self.first_row
+    row, position = place(self, local)
     length = len(self.source)
-    epoch, index = shuffled(step * self.batch_size + row, length, self.seed)
+    epoch, index = shuffled(position, length, self.seed)
     bad = []
     for offset in range(min(MAX_NEIGHBOURS + 1, length)):
       neighbour = (index + offset) % length
@@ -149,9 +164,8 @@ class Eval:
 
   def __call__(self, local: int) -> dict[str, Any]:
     """Return the view, blank past the end of the set."""
-    step, row = divmod(local, self.local_size)
-    row += self.first_row
-    index, view = divmod(step * self.batch_size + row, self.views)
+    row, position = place(self, local)
+    index, view = divmod(position, self.views)
     inside = index < len(self.source)
     frames, labels, bad = None, {}, []
     if inside:

@@ -160,12 +160,6 @@ class _Load:
   local_size: int
   first_row: int
 
-  def _place(self, local: int) -> tuple[int, int]:
-    """Return the row in the global batch and the position in the run."""
-    step, row = divmod(local, self.local_size)
-    row += self.first_row
-    return row, step * self.batch_size + row
-
   def _draw(self, index: int, epoch: int, flip: bool):
     """Return a latent and its labels."""
     about = self.source.about
@@ -184,7 +178,7 @@ class _Train(_Load):
   """Load the training example at a local position; picklable."""
 
   def __call__(self, local: int) -> dict[str, Any]:
-    row, position = self._place(local)
+    row, position = examples.place(self, local)
     epoch, index = examples.shuffled(position, len(self.source), self.seed)
     latent, labels = self._draw(index, epoch, self.flip)
     return {
@@ -200,7 +194,7 @@ class _Eval(_Load):
   """Load an example of an evaluation pass, blank past its end; picklable."""
 
   def __call__(self, local: int) -> dict[str, Any]:
-    row, index = self._place(local)
+    row, index = examples.place(self, local)
     inside = index < len(self.source)
     latent, labels = self._draw(index if inside else 0, 0, False)
     return {

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from vfm_jax.data.pipeline import Pipeline
-from vfm_jax.evals.base import to_host, top1
+from vfm_jax.evals.base import Keeps, to_host, top1
 from vfm_jax.evals.samples import draw_samples
 from vfm_jax.objectives.base import PyTree
 
@@ -46,7 +46,7 @@ class SmallCNN(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(Keeps):
   """Score samples by class; satisfies `Evaluator`.
 
   A small convolutional network learns the classes of real images, with small
@@ -71,12 +71,6 @@ class Agreement:
   epochs: int = 14
   batch_size: int = 64
   lr: float = 2e-3
-  _kept: dict[str, Any] = dataclasses.field(
-    default_factory=dict, init=False, repr=False, compare=False
-  )
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {**self.__dict__, '_kept': {}}
 
   def run(
     self,

@@ -22,6 +22,21 @@ class Evaluator(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Keeps:
+  """Let an evaluator keep in `_kept` what all its runs in a process need.
+
+  It is no part of the value: neither compared nor sent to other processes.
+  """
+
+  _kept: dict[str, Any] = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {**self.__dict__, '_kept': {}}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
   """Hold frozen features of a set of videos, one or several rows a video.

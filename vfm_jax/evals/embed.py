@@ -176,7 +176,7 @@ def _clip_batches(
 
   Padding has index -1.
   """
-  slot, slots = (0, 1) if mesh is None else sharding.process_slot(mesh)
+  slot, slots = sharding.process_slot(mesh)
   if batch_size % slots:
     raise ValueError(
       f'batch_size {batch_size} does not divide by {slots} processes'

@@ -20,6 +20,7 @@ from absl import logging
 
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.evals import references, samples, summary
+from vfm_jax.evals.base import Keeps
 from vfm_jax.evals.frechet import frechet_distance
 from vfm_jax.evals.inception_score import inception_score
 from vfm_jax.evals.kernel import kernel_distance
@@ -35,7 +36,7 @@ _ROWS = {'kernel': 'pool', 'precision_recall': 'pool', 'score': 'logits'}
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class Generation(Keeps):
   """Draw images from an objective and measure them; satisfies `Evaluator`.
 
   Attributes:
@@ -67,9 +68,6 @@ class Generation:
   neighbours: int = 3
   subsets: int = 100
   subset_size: int = 1000
-  _kept: dict[str, Any] = dataclasses.field(
-    default_factory=dict, init=False, repr=False, compare=False
-  )
 
   def __post_init__(self):
     bad = sorted(set(self.metrics) - set(get_args(Metric)))
@@ -109,9 +107,6 @@ class Generation:
         f'{self.reference.num_examples}, the images of generation.reference, '
         f'found {limit}'
       )
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {**self.__dict__, '_kept': {}}
 
   def run(
     self,

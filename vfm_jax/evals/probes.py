@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vfm_jax import sharding
 from vfm_jax.data.pipeline import Pipeline
-from vfm_jax.evals.base import class_count
+from vfm_jax.evals.base import Keeps, class_count
 from vfm_jax.evals.embed import Embedded, embed
 from vfm_jax.evals.knn import KNN
 from vfm_jax.evals.linear import LinearProbe
@@ -17,7 +17,7 @@ from vfm_jax.objectives.base import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Probes:
+class Probes(Keeps):
   """Evaluate frozen clip embeddings; satisfies `Evaluator`.
 
   Attributes:
@@ -41,9 +41,6 @@ class Probes:
   batch_size: int = 32
   pixels: int | None = None
   cache: bool = True
-  _kept: dict[str, Any] = dataclasses.field(
-    default_factory=dict, init=False, repr=False, compare=False
-  )
 
   def __post_init__(self):
     if not self.labels or (self.knn is None and self.linear is None):
@@ -59,9 +56,6 @@ class Probes:
       )
     if self.linear is not None:
       self.linear.steps_per_epoch(n)
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {**self.__dict__, '_kept': {}}
 
   def run(
     self,
@@ -114,7 +108,7 @@ class Probes:
   def _batches(self, side: str, mesh) -> Iterable[Batch]:
     if side in self._kept:
       return self._kept[side]
-    index, count = (0, 1) if mesh is None else sharding.process_slot(mesh)
+    index, count = sharding.process_slot(mesh)
     batches = getattr(self, side).eval_batches(
       self.batch_size, process_index=index, process_count=count
     )

@@ -5,7 +5,6 @@ float, with `arr_0` uint8 [N, H, W, 3], or with both, as the evaluator of ADM
 reads them and the `sample` verb writes them.
 """
 
-import hashlib
 import os
 import pathlib
 import re
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vfm_jax.data.shards import sha256
 from vfm_jax.evals.frechet import Normal
 
 # The entries of the file, by the part of the activations that they describe.
@@ -81,9 +81,7 @@ def read_reference(path: str | os.PathLike) -> Reference:
   images = arrays.get('arr_0')
   if images is not None:
     check_images(f'{path}: arr_0', images)
-  with path.open('rb') as f:
-    digest = hashlib.file_digest(f, 'sha256').hexdigest()
-  return Reference(path, digest, normals, images)
+  return Reference(path, sha256(path), normals, images)
 
 
 def write_statistics(
@@ -111,7 +109,7 @@ def write_statistics(
   for part, normal in normals.items():
     arrays |= dict(zip(_ENTRIES[part], normal, strict=True))
   np.savez(path, **arrays)
-  return hashlib.sha256(path.read_bytes()).hexdigest()
+  return sha256(path)
 
 
 def check_images(name: str, images: np.ndarray) -> None:

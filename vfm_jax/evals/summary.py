@@ -79,7 +79,7 @@ def image_batches(
   mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[Batch]:
   """Yield this process's rows of batches of images uint8 [N, T, H, W, 3]."""
-  slot, slots = (0, 1) if mesh is None else sharding.process_slot(mesh)
+  slot, slots = sharding.process_slot(mesh)
   for first in range(0, len(images), batch_size):
     rows = np.arange(first, first + batch_size, dtype=np.int32)
     rows = np.split(rows, slots)[slot]
@@ -109,7 +109,7 @@ def pipeline_chunks(
   mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[Iterable[Batch]]:
   """Yield the batches of the first `count` images of a pipeline in parts."""
-  slot, slots = (0, 1) if mesh is None else sharding.process_slot(mesh)
+  slot, slots = sharding.process_slot(mesh)
   images = (count or pipeline.num_examples) * pipeline.views
   total = -(-images // batch_size)
   each = chunk_size(batch_size) // batch_size

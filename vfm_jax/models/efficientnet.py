@@ -7,7 +7,7 @@ excitation, ReLU6 for the rectifier, and a stem and head of fixed width.
 import flax.linen as nn
 import jax
 
-from vfm_jax.nn.frozen import ConvNorm, DepthwiseNorm
+from vfm_jax.nn.conv import ConvNorm, DepthwiseNorm
 
 WIDTH = 1280
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vfm_jax.nn.frozen import ConvNorm
+from vfm_jax.nn.conv import ConvNorm
 
 SIZE, OUTPUTS = 299, 1008
 # The evaluator of ADM reads this many channels, 17 x 17 positions each.

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vfm_jax.nn import frozen
+from vfm_jax.nn import conv
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from vfm_jax.nn import frozen
 def test_depthwise(size, kernel, stride):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, size, size + 3, 6)).astype(np.float32)
-  layer = frozen.DepthwiseNorm(kernel, stride, act=lambda y: y)
+  layer = conv.DepthwiseNorm(kernel, stride, act=lambda y: y)
   params = layer.init(jax.random.key(0), x)
   want = jax.lax.conv_general_dilated(
     x,
@@ -29,5 +29,5 @@ def test_depthwise(size, kernel, stride):
 def test_norm_uses_what_was_recorded():
   norm = {'scale': 2.0, 'bias': 1.0, 'mean': 3.0, 'var': 4.0}
   params = {'params': {k: np.full(1, v, np.float32) for k, v in norm.items()}}
-  got = frozen.FrozenNorm(epsilon=0.0).apply(params, np.float32([[5.0]]))
+  got = conv.FrozenNorm(epsilon=0.0).apply(params, np.float32([[5.0]]))
   np.testing.assert_allclose(got, [[3.0]])
