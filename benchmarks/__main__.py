@@ -17,6 +17,7 @@ NAMES = (
   'masked_step',
   'dit_step',
   'dit_sampling',
+  'multitask_step',
   'loop_overhead',
   'decoding',
 )

@@ -70,7 +70,13 @@ def notes(what: str, peer: str) -> str:
 
 
 def serve_train_step(
-  objective: Any, batch: Mapping[str, Any], work: Mapping[str, int]
+  objective: Any,
+  batch: Mapping[str, Any],
+  work: Mapping[str, int],
+  *,
+  groups: Sequence[Any] = (),
+  combine: Any = None,
+  same_size: bool = True,
 ) -> None:
   """Be the contestant of this library: an AdamW step of an objective.
 
@@ -79,17 +85,27 @@ def serve_train_step(
     batch: what it is trained on, in each step.
     work: what has to be equal for a fair comparison; the number of parameters
       is added.
+    groups: of the optimizer.
+    combine: makes one gradient of the objective's tasks.
+    same_size: whether the number of parameters has to be equal too.
   """
   import jax
 
   from vfm_jax import optim, schedules, step
 
-  params, _ = jax.eval_shape(lambda: step.init_params(objective, 0, batch))
-  tx, _ = optim.Optimizer(
-    lr=functools.partial(schedules.constant, value=1e-4)
+  init = functools.partial(step.init_params, combine=combine)
+  params, _ = jax.eval_shape(lambda: init(objective, 0, batch))
+  tx, rows = optim.Optimizer(
+    lr=functools.partial(schedules.constant, value=1e-4), groups=tuple(groups)
   ).build(params, 1000)
-  state = jax.jit(lambda: step.init_state(objective, tx, 0, batch))()
-  train_step = jax.jit(step.make_train_step(objective, tx), donate_argnums=0)
+  state = jax.jit(
+    lambda: step.init_state(objective, tx, 0, batch, combine=combine)
+  )()
+  frozen = {row.path for row in rows if row.frozen}
+  train_step = jax.jit(
+    step.make_train_step(objective, tx, combine=combine, frozen=frozen),
+    donate_argnums=0,
+  )
   batch = jax.device_put(batch)
 
   def one():
@@ -97,10 +113,12 @@ def serve_train_step(
     state, metrics = train_step(state, batch)
     jax.block_until_ready((state, metrics))
 
+  size = {'parameters': count(jax.tree.leaves(params))}
   interleave.serve(
     one,
-    work={**work, 'parameters': count(jax.tree.leaves(params))},
+    work={**work, **size} if same_size else work,
     version=jax.__version__,
+    **size,
   )
 
 

@@ -164,3 +164,16 @@ def test_recorded_noise_and_steps():
     run(None, noise=noises[:3])
   with pytest.raises(ValueError, match='expected `keys`'):
     run()
+
+
+def test_strides():
+  """The released loop of DMP leaves steps out without undoing their noise."""
+  x, record = draw(2), lambda x, p: (x, p.x0)
+  run = partial(samplers.ddim, exact, FIXED, x, steps='20', record=record)
+  _, (every, _) = run()
+  got, (xs, _) = run(stride=5)
+  assert every.shape[0] == 20
+  assert xs.shape[0] == 4
+  np.testing.assert_array_equal(xs[0], every[0])  # step 19
+  np.testing.assert_array_equal(xs[-1], got)
+  assert np.abs(got - every[-1]).max() > 0.01

@@ -81,3 +81,22 @@ def test_batches_and_devices_change_nothing(name):
   mesh = sharding.make_mesh(sharding.Mesh(data=8))
   sharded = draw(jax.device_put(batch, sharding.batch_sharding(mesh)))
   np.testing.assert_allclose(np.asarray(sharded), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'other'), [('ddim', 'ode'), ('sde', 'ddpm')])
+def test_a_sampler_of_another_process_is_refused(name, other):
+  sampling = Sampling(sampler=SAMPLERS[name][1])
+  process = SAMPLERS[other][0]
+  keys = jax.random.split(jax.random.key(0), 2)
+  with pytest.raises(ValueError, match=rf'sampler. {name} .*process. \w+;'):
+    sampling.draw(lambda x, t, y: x, process, keys, SHAPE, None, None)
+
+
+def test_a_sampler_of_ones_own_needs_no_annotation():
+  class Still:
+    def __call__(self, denoise, process, x, keys):
+      return x
+
+  keys = jax.random.split(jax.random.key(0), 2)
+  x = Sampling(Still()).draw(lambda x, t, y: x, None, keys, SHAPE, None, None)
+  assert x.shape == (2, *SHAPE)

@@ -187,7 +187,7 @@ class Doubling(nn.Module):
   label_dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x, t, y=None, *, drop=None, tau=None):
+  def __call__(self, x, t, y=None, *, drop=None, tau=None, keys=None):
     rate = self.param('rate', nn.initializers.ones, ())
     return jnp.concatenate([rate * x, 1e9 * x], -1)
 

@@ -75,6 +75,27 @@ def test_accumulation_is_exact_with_ragged_counts(batch, accum):
   assert parts.extra['seen'] == whole.extra['seen'] == 36
 
 
+def test_tasks_may_follow_from_the_state(batch):
+  """The second microbatch has its tasks from what the first one left."""
+
+  @dataclasses.dataclass(frozen=True)
+  class InTurn(Toy):
+    def loss(self, params, extra, batch, rng, *, train):
+      turn = (extra['seen'] // 6 % 2).astype(jnp.int32)
+      task = jnp.full(len(batch['row']), turn)
+      return super().loss(
+        params, extra, {**batch, 'task': task}, rng, train=train
+      )
+
+  _, metrics = run(batch, steps=1, objective=InTurn(noise=0.0), accum=2)
+  w = step_lib.init_state(Toy(), optax.sgd(0.0), 0, batch).params['w']
+  error = (batch['x'] @ w - batch['y']) ** 2
+  for k in range(2):
+    np.testing.assert_allclose(
+      metrics[f'loss_task{k}'], error[k::2].mean(), rtol=1e-5
+    )
+
+
 def test_loss_is_the_sum_of_task_means(batch):
   objective = Toy(noise=0.0)
   state = step_lib.init_state(objective, optax.sgd(0.0), 0, batch)

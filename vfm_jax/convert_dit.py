@@ -1,7 +1,7 @@
 """Convert DiT and SiT checkpoints to parameters and back, strictly both ways.
 
 Two layouts of names are known: that of the released DiT models, which SiT,
-DTR and others share, and that of a `diffusers` folder.
+DTR, Switch-DiT and others share, and that of a `diffusers` folder.
 """
 
 import math
@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from vfm_jax import convert, convert_folder, trees
+from vfm_jax import convert, convert_folder, convert_routing, trees
 from vfm_jax.models.dit import DiT
 from vfm_jax.nn import transformer
 from vfm_jax.ops import positions
 
 PyTree = Any
 
-# Our layer, its released name, and its names in diffusers (stacked if many).
+# Our layer, its released name, and its names in diffusers (stacked if many;
+# none where diffusers has no such layer).
 _BLOCK = r'transformer_blocks.\1'
 _EMBED = 'transformer_blocks.0.norm1.emb'
 _QKV = tuple(f'{_BLOCK}.attn1.to_{x}' for x in 'qkv')
+_EXPERTS = r'blocks_(\d+)/mask_hook/experts'
 _LAYERS = (
   ('patch_embed', 'x_embedder.proj', ('pos_embed.proj',)),
   (
@@ -53,28 +55,33 @@ _LAYERS = (
     r'blocks.\1.adaLN_modulation.1',
     (f'{_BLOCK}.norm1.linear',),
   ),
+  (r'blocks_(\d+)/mask_hook/gate', r'routers.\1.f_gate.1', ()),
+  (_EXPERTS, r'routers.\1.experts', ()),
   ('final/ada', 'final_layer.adaLN_modulation.1', ('proj_out_1',)),
   ('final/linear', 'final_layer.linear', ('proj_out_2',)),
 )
 _SUFFIX = {'kernel': 'weight', 'table': 'weight', 'bias': 'bias'}
+_EXPERT_SUFFIX = {'kernel': 'w', 'bias': 'b'}
 
 
 def from_dit(
   state: convert.State,
   template: PyTree,
   *,
+  model: DiT | None = None,
   ignore: Mapping[str, str] | None = None,
 ) -> PyTree:
-  """Return the parameters of a DiT or SiT checkpoint.
+  """Return the parameters of a DiT, SiT, DTR or Switch-DiT checkpoint.
 
-  The position table of the file is not used, for it is fixed; it must be the
-  one that the model computes. diffusers keeps a copy of the embedders in each
-  block; they must be equal.
+  The position table of the file and those of routed models are not used, for
+  they are fixed; they must be the ones that the model computes, or missing.
+  diffusers keeps a copy of the embedders in each block; they must be equal.
 
   Args:
     state: tensors by name, in either layout.
     template: parameters of a `DiT`, or their shapes, with unrolled or scanned
       blocks.
+    model: the model, where the file has tables of its routing.
     ignore: reasons by regular expression, for tensors to leave out.
 
   Returns:
@@ -86,11 +93,12 @@ def from_dit(
   """
   state = _without_copies(state)
   state = _without_positions(state)
+  state = convert_routing.without_tables(state, model, ignore or ())
   return convert.fill(state, template, sources, ignore=ignore)
 
 
 def to_dit(params: PyTree, model: DiT) -> dict[str, np.ndarray]:
-  """Return a checkpoint in the released layout, with the position table.
+  """Return a checkpoint in the released layout, with all fixed tables.
 
   Args:
     params: parameters of the model, unrolled or scanned; gradients and
@@ -106,6 +114,7 @@ def to_dit(params: PyTree, model: DiT) -> dict[str, np.ndarray]:
       f'{model.frames} and `denoiser.tubelet` {model.tubelet}'
     )
   out = {'pos_embed': _table(model.built_grid[1:], model.dims.width)[None]}
+  out |= convert_routing.tables(model)
   unrolled = transformer.unstack_blocks(params)
   leaves = dict(trees.path_leaves(unrolled))
   for path, source in sources(tuple(leaves), {}).items():
@@ -113,7 +122,7 @@ def to_dit(params: PyTree, model: DiT) -> dict[str, np.ndarray]:
     if path == 'patch_embed/kernel':
       p, c = model.patch, model.channels
       x = x.reshape(p, p, c, -1).transpose(3, 2, 0, 1)
-    else:
+    elif not _is_experts(path):
       x = convert.to_torch(path, x)
     out[source.names[0]] = np.ascontiguousarray(x)
   return out
@@ -137,9 +146,10 @@ def sources(
     layer, _, leaf = path.rpartition('/')
     for pattern, released, others in _LAYERS:
       match = re.fullmatch(pattern, layer)
-      if match and leaf in _SUFFIX:
-        names = others if diffusers else (released,)
-        names = [f'{match.expand(n)}.{_SUFFIX[leaf]}' for n in names]
+      names = others if diffusers else (released,)
+      if match and leaf in _SUFFIX and names:
+        suffix = _EXPERT_SUFFIX if _is_experts(path) else _SUFFIX
+        names = [f'{match.expand(n)}.{suffix[leaf]}' for n in names]
         out[path] = convert.Source(tuple(names), _conversion(layer, leaf))
         break
     else:
@@ -183,12 +193,19 @@ def read_diffusers(
   return model, convert.read_checkpoint(found.weights)
 
 
+def _is_experts(path):
+  """Say whether a parameter is of experts: [E, in, out] and [E, out]."""
+  return re.match(f'{_EXPERTS}/', path) is not None
+
+
 def _conversion(layer, leaf):
   if layer == 'patch_embed' and leaf == 'kernel':
     return _patches
   if layer.endswith('qkv'):
     return convert.qkv_kernel if leaf == 'kernel' else convert.qkv_bias
-  return convert.transpose if leaf == 'kernel' else lambda x, shape: x
+  if leaf == 'kernel' and not _is_experts(f'{layer}/'):
+    return convert.transpose
+  return lambda x, shape: x
 
 
 def _patches(x, shape):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vfm_jax import checkpoint as checkpoint_lib
-from vfm_jax import sharding, trees
+from vfm_jax import multitask, sharding, trees
 from vfm_jax import step as step_lib
 from vfm_jax.data import pipeline
 from vfm_jax.data.latent_pipeline import LatentPipeline
@@ -80,6 +80,8 @@ class Experiment:
     epochs: length of the run in passes over `data.train`.
     seed: of parameters, masks, order and augmentation.
     accum: microbatches that a batch is cut into.
+    combine: makes one gradient of the objective's tasks, see `multitask`; None
+      adds their losses.
     ema: decays of the averages of the parameters to keep.
     eval_ema: the average that evaluations use; the parameters by default.
     mesh: how devices are arranged.
@@ -106,6 +108,7 @@ class Experiment:
   epochs: float | None = None
   seed: int = 0
   accum: int = 1
+  combine: multitask.Combiner | None = None
   ema: tuple[float, ...] = ()
   eval_ema: float | None = None
   mesh: sharding.Mesh = sharding.Mesh()
@@ -150,6 +153,11 @@ class Experiment:
         f'config.eval_ema={self.eval_ema:g} is not kept; config.ema is '
         f'{self.ema}'
       )
+    if self.combine is not None and getattr(self.objective, 'tasks', 0) is None:
+      raise ValueError(
+        'config.combine makes one gradient of several tasks: expected '
+        'config.objective.tasks, as in ref(uniform, count=8), found None'
+      )
 
   @functools.cached_property
   def total_steps(self) -> int:
@@ -168,9 +176,21 @@ class Experiment:
 
   @functools.cached_property
   def optimizer(self) -> tuple[optax.GradientTransformation, tuple[Row, ...]]:
-    """Return the optimizer and its parameter table."""
+    """Return the optimizer and its parameter table.
+
+    Raises:
+      ValueError: what `combine` learns is frozen, or see `Optimizer.build`.
+    """
     params, _ = jax.eval_shape(self._init_params)
-    return self.optim.build(params, self.total_steps)
+    tx, rows = self.optim.build(params, self.total_steps)
+    held = {r.path: r.group for r in rows if r.frozen and _learned(r.path)}
+    if self.combine is not None and held:
+      raise ValueError(
+        f'config.combine learns {sorted(held)}, which config.optim.groups '
+        f'freezes by the pattern {min(held.values())!r}; put '
+        f"Group(pattern='^{step_lib.COMBINE}/') before it"
+      )
+    return tx, rows
 
   @functools.cached_property
   def abstract_state(self) -> step_lib.TrainState:
@@ -185,12 +205,19 @@ class Experiment:
       seed,
       _zeros(self.data.train.element_spec(1)),
       ema=self.ema,
+      combine=self.combine,
     )
 
   def train_step(self) -> step_lib.StepFn:
     """Return the pure step function."""
+    tx, rows = self.optimizer
     return step_lib.make_train_step(
-      self.objective, self.optimizer[0], accum=self.accum, ema=self.ema
+      self.objective,
+      tx,
+      accum=self.accum,
+      ema=self.ema,
+      combine=self.combine,
+      frozen={row.path for row in rows if row.frozen},
     )
 
   def shardings(self, mesh: Any) -> step_lib.TrainState:
@@ -260,8 +287,15 @@ class Experiment:
 
   def _init_params(self):
     return step_lib.init_params(
-      self.objective, self.seed, _zeros(self.data.train.element_spec(1))
+      self.objective,
+      self.seed,
+      _zeros(self.data.train.element_spec(1)),
+      combine=self.combine,
     )
+
+
+def _learned(path):
+  return path.startswith(f'{step_lib.COMBINE}/')
 
 
 def _zeros(spec):

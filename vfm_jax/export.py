@@ -12,6 +12,7 @@ from vfm_jax import convert, convert_dit, trees
 from vfm_jax.convert import ConversionError
 from vfm_jax.models.dit import DiT
 from vfm_jax.nn import transformer
+from vfm_jax.nn.adaln import Hooks
 from vfm_jax.objectives.base import Objective
 from vfm_jax.objectives.denoise import Denoise
 from vfm_jax.objectives.masked import Masked
@@ -117,6 +118,11 @@ def to_diffusers(
     ConversionError: diffusers has no such model.
   """
   dims, size = model.dims, model.input_size
+  if model.hooks != Hooks():
+    raise ConversionError(
+      'diffusers computes plain blocks: expected no `denoiser.hooks`, found '
+      f'{model.hooks}'
+    )
   if model.null_label is None or not model.num_classes:
     raise ConversionError(
       'diffusers has a null label in every DiT: expected '

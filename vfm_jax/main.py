@@ -15,9 +15,11 @@ from typing import cast, get_args
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vfm_jax import comparison as comparison_lib
+from vfm_jax import comparison_report, runtime, study, train, verbs
 from vfm_jax import config as config_lib
-from vfm_jax import runtime, study, train, verbs
 from vfm_jax.checkpoint import CheckpointError
+from vfm_jax.comparison import Comparison
 from vfm_jax.data.latents import Dtype
 from vfm_jax.data.pipeline import TooManyBadVideos
 from vfm_jax.evals.store import Sampling
@@ -85,6 +87,7 @@ _EXPECTED = (
   CheckpointError,
   TooManyBadVideos,
   train.NonFiniteError,
+  comparison_lib.Interrupted,
 )
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -104,10 +107,15 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   exp = config_lib.build(config)
-  if not isinstance(exp, Experiment):
+  if isinstance(exp, Comparison) and verb != 'study':
     raise config_lib.ConfigError(
-      'config: the recipe must return ref(Experiment, ...), found '
-      f'{type(exp).__name__}'
+      'config: a Comparison is for the verb study; for others choose one of '
+      f'its recipes, as in :{exp.arms[0].name}'
+    )
+  if not isinstance(exp, Experiment | Comparison):
+    raise config_lib.ConfigError(
+      'config: the recipe must return ref(Experiment, ...), or for the verb '
+      f'study ref(Comparison, ...), found {type(exp).__name__}'
     )
   if verb not in ('describe', 'study'):
     runtime.initialize(
@@ -229,10 +237,14 @@ def _export(exp: Experiment, workdir: str, config) -> None:
   )
 
 
-def _study(exp: Experiment, workdir: str, config) -> None:
-  del exp
+def _study(exp: Experiment | Comparison, workdir: str, config) -> None:
   _keep_compiled(workdir)
-  print(study.study(config, workdir, [int(s) for s in _SEEDS.value]))
+  seeds = [int(s) for s in _SEEDS.value]
+  if isinstance(exp, Comparison):
+    outcomes = comparison_lib.run(exp, config, workdir, seeds)
+    print(comparison_report.write(exp, outcomes, workdir, seeds))
+  else:
+    print(study.study(config, workdir, seeds))
 
 
 _VERBS: dict[str, Callable[..., None]] = {

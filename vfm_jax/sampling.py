@@ -1,7 +1,9 @@
 """Say how samples are drawn: a sampler, and how labels steer it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -47,8 +49,10 @@ class Sampling:
       null_label: the label that stands for none, or None without one.
 
     Raises:
-      ValueError: guidance without labels or without a null label.
+      ValueError: guidance without labels or without a null label, or a sampler
+        that is annotated for another process.
     """
+    self._check(process)
     x = samplers.initial_noise(keys, shape)
     if self.scale == 1.0:
       return self.sampler(lambda x, t: denoise(x, t, y), process, x, keys)
@@ -68,3 +72,16 @@ class Sampling:
       interval=self.interval,
     )
     return self.sampler(guided, process, x, keys)
+
+  def _check(self, process):
+    function: Any = self.sampler
+    while isinstance(function, functools.partial):
+      function = function.func
+    kind = getattr(function, '__annotations__', {}).get('process')
+    if isinstance(kind, type) and not isinstance(process, kind):
+      raise ValueError(
+        f'`objective.sampling.sampler` {function.__name__} samples from '
+        f'{kind.__name__}, found the `objective.process` '
+        f'{type(process).__name__}; take one of `samplers` for Gaussian and of '
+        '`solvers` for Interpolant'
+      )

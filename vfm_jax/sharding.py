@@ -132,15 +132,20 @@ RULES = (
   Rule('mlp/fc1/kernel', ('fsdp', 'tensor'), True),
   Rule('mlp/fc1/bias', ('tensor',), True),
   Rule('mlp/fc2/kernel', ('tensor', 'fsdp'), True),
-  # The last resort: any other matrix is cut along its input; biases, scales,
-  # Cut along its output: the pixels of a patch (2 * 14 * 14 * 3) divide by
-  # fewer devices than a width does.
-  Rule('patch_embed/kernel', (None, 'fsdp'), True),
+  Rule('experts/kernel', ('expert', 'fsdp', None), True),  # [E, D, D]
+  Rule('experts/bias', ('expert', None), True),
+  # Cut along their output: the pixels of a patch (2 * 14 * 14 * 3) and the
+  # channels of a picture divide by fewer devices than a width does.
+  Rule('(patch_embed|conv_in)/kernel', (None, 'fsdp'), True),
   Rule('y_embed/table', (None, 'fsdp'), True),  # [classes + 1, D]
+  Rule('([a-z]+_)*depthwise/kernel', (), True),  # [K, K, C]
+  # The last resort: any other matrix is cut along its input; biases, scales,
   # tokens and position tables are kept whole.
   Rule('kernel', ('fsdp', None), True),
   Rule('([a-z]+_)*(bias|scale|gamma(_[0-9]+)?)', (), True),
   Rule('([a-z]+_)*(tokens?|pos_embed)', (), True),
+  # What a combiner of tasks and a way to draw times keep.
+  Rule('(combine|times)/[a-z_]+', (), True),
   Rule('rng', (), True),
 )
 

@@ -5,7 +5,8 @@ function of it and a batch. The functions know an objective only through its
 protocol.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import flax.struct
@@ -13,10 +14,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vfm_jax.gradients import Passes, fill
+from vfm_jax.multitask import Combined, Combiner
 from vfm_jax.objectives import base
 
 PyTree = Any
 Metrics = dict[str, Any]
+
+# Name of a combiner's parameters among those trained.
+COMBINE = 'combine'
+# What a combiner's key is folded with; the numbers of examples stay below.
+_COMBINE_ROW = 2**31 - 1
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -29,6 +37,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema: exponential moving averages of `params`, keyed by their decay.
     extra: non-gradient state of the objective (teachers, queues, stages).
     rng: u32 [2] key data; the key of a step is `fold_in(rng, step)`.
+    combine: state without gradient of what combines the tasks.
   """
 
   step: jax.Array
@@ -37,6 +46,7 @@ class TrainState(flax.struct.PyTreeNode):
   ema: dict[str, PyTree]
   extra: PyTree
   rng: jax.Array
+  combine: PyTree = flax.struct.field(default_factory=dict)
 
 
 StepFn = Callable[[TrainState, base.Batch], tuple[TrainState, Metrics]]
@@ -48,10 +58,21 @@ def ema_key(decay: float) -> str:
 
 
 def init_params(
-  objective: base.Objective, seed: jax.Array | int, batch: base.Batch
+  objective: base.Objective,
+  seed: jax.Array | int,
+  batch: base.Batch,
+  *,
+  combine: Combiner | None = None,
 ) -> tuple[PyTree, PyTree]:
-  """Return the objective's (params, extra) for a seed; jit or eval_shape."""
-  return objective.init(_stream(jax.random.key(seed), 'init'), batch)
+  """Return (params, extra) for a seed; jit or eval_shape.
+
+  Args:
+    objective: what is trained.
+    seed: of the parameters.
+    batch: of one example or more, for its shapes only.
+    combine: its parameters, if it has any, are under 'combine'.
+  """
+  return _init(objective, seed, batch, combine)[:2]
 
 
 def init_state(
@@ -61,6 +82,7 @@ def init_state(
   batch: base.Batch,
   *,
   ema: Sequence[float] = (),
+  combine: Combiner | None = None,
 ) -> TrainState:
   """Build the state of step 0; call under `jax.jit` or `jax.eval_shape`.
 
@@ -70,8 +92,12 @@ def init_state(
     seed: of the parameters and of all randomness of the run.
     batch: arrays or shape structs of one batch, for their shapes only.
     ema: decays of the averages to keep, each in (0, 1).
+    combine: as will be given to `make_train_step`.
+
+  Raises:
+    ValueError: the objective has parameters of the name of the combiner's.
   """
-  params, extra = init_params(objective, seed, batch)
+  params, extra, combined = _init(objective, seed, batch, combine)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -80,6 +106,7 @@ def init_state(
     ema={ema_key(d): jax.tree.map(jnp.copy, params) for d in ema},
     extra=extra,
     rng=jax.random.key_data(_stream(jax.random.key(seed), 'train')),
+    combine=combined,
   )
 
 
@@ -89,18 +116,25 @@ def make_train_step(
   *,
   accum: int = 1,
   ema: Sequence[float] = (),
+  combine: Combiner | None = None,
+  frozen: Collection[str] = (),
   skip_nonfinite: bool = True,
 ) -> StepFn:
   """Return the pure function (state, batch) -> (state, metrics).
 
   Gradient accumulation is exact: the loss is sum_k sums_k / counts_k + aux
-  with sums and counts added over the microbatches first.
+  with sums and counts added over the microbatches first; `combine` does other
+  things with the K tasks.
 
   Args:
     objective: what is trained.
     tx: optimizer.
     accum: number of microbatches that one batch is cut into.
     ema: decays, as given to `init_state`.
+    combine: makes one gradient of the tasks, see `multitask`, and has been
+      given to `init_state`; None adds their losses.
+    frozen: paths of the parameters that `tx` never moves: their gradients are
+      zeros, and cost nothing.
     skip_nonfinite: leave the state as it is when the loss or a gradient is
       not finite; `metrics['finite']` says for each parameter leaf (bool, in
       the order of `jax.tree.leaves(params)`) whether its gradient was.
@@ -108,7 +142,16 @@ def make_train_step(
 
   def step(state: TrainState, batch: base.Batch):
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    grads, metrics, extra = _gradients(objective, state, batch, rng, accum)
+    params = state.params
+    if combine is not None:
+      params = {k: v for k, v in params.items() if k != COMBINE}
+    passes = Passes(objective, params, state.extra, batch, rng, accum, frozen)
+    if combine is not None:
+      _check_tasks(combine, state, len(passes.counts))
+    out, grads = _gradients(passes, state, combine, rng)
+    grads = fill(grads, jax.tree.map(jnp.zeros_like, state.params))
+    metrics = _named(out.loss, out.taken.losses, out.taken.metrics)
+    metrics |= out.metrics
     norms = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)
     finite = jnp.stack([jnp.isfinite(n) for n in jax.tree.leaves(norms)])
     ok = jnp.all(finite) & jnp.isfinite(metrics['loss'])
@@ -126,7 +169,10 @@ def make_train_step(
         params=params,
         opt_state=opt_state,
         ema=averages,
-        extra=objective.after_update(extra, params, state.step, metrics),
+        extra=objective.after_update(
+          out.taken.extra, params, state.step, metrics
+        ),
+        combine=out.state,
       )
 
     # A branch and not a selection: on CPU selecting each leaf costs three times
@@ -163,68 +209,55 @@ def _stream(key: jax.Array, name: str) -> jax.Array:
 
 
 def _gradients(
-  objective: base.Objective,
-  state: TrainState,
-  batch: base.Batch,
-  rng: jax.Array,
-  accum: int,
-) -> tuple[PyTree, Metrics, PyTree]:
-  """Return (gradients, metrics, new extra) of the whole batch."""
-
-  def out_of(params, extra, micro):
-    return objective.loss(params, extra, micro, rng, train=True)
-
-  def loss_fn(params, extra, micro, counts, parts):
-    out = out_of(params, extra, micro)
-    losses = out.sums / jnp.maximum(counts, 1.0)
-    return jnp.sum(losses) + out.aux / parts, (losses, out)
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  if accum == 1:
-    counts = _counts(out_of, state, batch)
-    (loss, (losses, out)), grads = grad_fn(
-      state.params, state.extra, batch, counts, 1
-    )
-    return grads, _named(loss, losses, out.metrics), out.extra
-
-  micros = jax.tree.map(lambda x: _split(x, accum), batch)
-  # Counts do not depend on the parameters, so the compiler drops the rest of
-  # this pass; it makes the weight of each microbatch known before gradients.
-  counts = jnp.sum(
-    jax.lax.map(lambda micro: _counts(out_of, state, micro), micros), axis=0
+  passes: Passes, state: TrainState, combine: Combiner | None, rng: jax.Array
+) -> tuple[Combined, PyTree]:
+  """Return what comes of the tasks, and the gradients of all parameters."""
+  if combine is None:
+    taken = passes.weighted(jnp.ones_like(passes.counts))
+    loss = jnp.sum(taken.losses) + taken.aux
+    return Combined(loss, taken, {}, {}, {}), taken.grads
+  out = combine(
+    passes,
+    state.params.get(COMBINE, {}),
+    state.combine,
+    state.step,
+    jax.random.fold_in(rng, _COMBINE_ROW),
   )
-
-  def body(carry, micro):
-    grads, extra = carry
-    (loss, (losses, out)), g = grad_fn(
-      state.params, extra, micro, counts, accum
-    )
-    return (jax.tree.map(jnp.add, grads, g), out.extra), (
-      loss,
-      losses,
-      out.metrics,
-    )
-
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
-  (grads, extra), (loss, losses, named) = jax.lax.scan(
-    body, (zeros, state.extra), micros
-  )
-  means = jax.tree.map(lambda m: jnp.mean(m, axis=0), dict(named))
-  return grads, _named(loss.sum(), losses.sum(axis=0), means), extra
+  if not out.learned:
+    return out, out.taken.grads
+  return out, {**out.taken.grads, COMBINE: out.learned}
 
 
-def _counts(out_of, state: TrainState, batch: base.Batch) -> jax.Array:
-  return jax.lax.stop_gradient(out_of(state.params, state.extra, batch).counts)
-
-
-def _split(x: jax.Array, accum: int) -> jax.Array:
-  """Cut [B, ...] into [accum, B / accum, ...], strided: no device moves."""
-  if x.shape[0] % accum:
+def _init(objective, seed, batch, combine) -> tuple[PyTree, PyTree, PyTree]:
+  """Return (params, extra, state of the combiner)."""
+  rng = _stream(jax.random.key(seed), 'init')
+  params, extra = objective.init(rng, batch)
+  if combine is None:
+    return params, extra, {}
+  if COMBINE in params:
     raise ValueError(
-      f'a batch of {x.shape[0]} does not divide into accum={accum} parts; '
-      'change config.batch_size or config.accum'
+      f'config.combine: its parameters are {COMBINE!r}, a name that the '
+      f'objective has among {sorted(params)}'
     )
-  return jnp.swapaxes(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 0, 1)
+  out = jax.eval_shape(
+    functools.partial(objective.loss, train=False), params, extra, batch, rng
+  )
+  learned, combined = combine.init(out.sums.shape[0])
+  return {**params, COMBINE: learned} if learned else params, extra, combined
+
+
+def _check_tasks(combine: Combiner, state: TrainState, tasks: int) -> None:
+  """Refuse a number of tasks that the combiner's state is not made for."""
+  made = jax.eval_shape(lambda: combine.init(tasks))
+  found = state.params.get(COMBINE, {}), state.combine
+  shapes = [[x.shape for x in jax.tree.leaves(t)] for t in (made, found)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f'config.combine is set up for {shapes[1]}, by the tasks of an '
+      f'evaluation, and a training step has {tasks} tasks, {shapes[0]}: '
+      'expected as many in both; config.objective.experts have one each, '
+      'without `tasks` of their own'
+    )
 
 
 def _named(loss, losses, metrics) -> Metrics:

@@ -2,11 +2,18 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from vfm_jax import checkpoint, convert_dit, convert_vae, sharding, train
+from vfm_jax import (
+  checkpoint,
+  convert_dit,
+  convert_dmp,
+  convert_vae,
+  sharding,
+  train,
+)
 from vfm_jax import convert as convert_lib
 from vfm_jax import describe as describe_lib
 from vfm_jax import export as export_lib
@@ -216,7 +223,8 @@ def convert(
 
   Args:
     exp: whose objective the weights are for: `Masked` takes VideoMAE files,
-      `Denoise` files of DiT and SiT and folders that diffusers saved.
+      `Denoise` files of DiT, SiT and, with its hooks, DMP, and folders that
+      diffusers saved.
     workdir: where the checkpoint goes; it must hold none.
     source: `.safetensors`, `.npz` or torch file.
     entry: entry of a torch file with the weights, such as `ema` or `model`.
@@ -261,7 +269,10 @@ def _converted(exp: Experiment, source: str, entry: str | None):
       _, state = convert_dit.read_diffusers(source)
     else:
       entry, state = convert_lib.read_entry(source, entry=entry)
-    params = convert_dit.from_dit(state, template['denoiser'])
+    model: Any = exp.objective.denoiser
+    patched = convert_dmp.patched(model)
+    read = convert_dmp.from_dmp if patched else convert_dit.from_dit
+    params = read(state, template['denoiser'], model=model)
     return {'denoiser': params}, entry
   entry, state = convert_lib.read_entry(source, entry=entry)
   return convert_lib.from_videomae(state, template), entry

@@ -1,5 +1,7 @@
 """Share what runners need of the released layout: axes and names of torch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,9 @@ def dit_params(model, arrays, prefix='w/'):
   side, zero = model.input_size, jnp.zeros(1)
   x = jnp.zeros((1, side, side, model.channels))
   y = zero.astype(jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), x, zero, y)
+  make = functools.partial(model.init, tau=y)
+  shapes = jax.eval_shape(make, jax.random.key(0), x, zero, y)
   state = {
     k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)
   }
-  return convert_dit.from_dit(state, shapes['params'])
+  return convert_dit.from_dit(state, shapes['params'], model=model)

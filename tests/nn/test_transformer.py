@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from vfm_jax.nn import transformer as tr
 
@@ -119,3 +120,33 @@ def test_errors():
     tr.Attention(3).init(jax.random.key(0), X)
   with pytest.raises(ValueError, match=r'from -3 to 2 .* found \(3,\)'):
     stack().init(jax.random.key(0), X, taps=(3,))
+
+
+class Telling(nn.Module):
+  """Add a number to x, and sow it."""
+
+  often: int = 1
+
+  @nn.compact
+  def __call__(self, x):
+    add = self.param('add', nn.initializers.normal(), (2,))
+    for _ in range(self.often):
+      self.sow('aux', 'added', add)
+    return x + add.sum()
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_sown_values_are_stacked_in_the_order_of_layers(remat):
+  x = jnp.zeros((1, 1, 2))
+  params = tr.Stack(11, Telling()).init(jax.random.key(0), x)['params']
+  want = np.stack([params[f'blocks_{i}']['add'] for i in range(11)])
+  for scan, given in ((False, params), (True, tr.stack_blocks(params))):
+    module = tr.Stack(11, Telling(), scan=scan, remat=remat)
+    _, sown = module.apply({'params': given}, x, mutable=['aux'])
+    found = tr.stack_sown(sown)
+    assert list(found) == ['added']
+    np.testing.assert_array_equal(found['added'], want)
+  assert tr.stack_sown({}) == {}
+  _, sown = Telling(2).init_with_output(jax.random.key(0), x)
+  with pytest.raises(ValueError, match="sow 'added' once, found 'aux/added'"):
+    tr.stack_sown({'aux': sown['aux']})

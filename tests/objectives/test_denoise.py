@@ -14,7 +14,12 @@ from vfm_jax.models.dit import DiT
 from vfm_jax.objectives import base
 from vfm_jax.objectives.denoise import Denoise
 from vfm_jax.ops import noise
+from vfm_jax.ops.curriculum import Curriculum
 from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.ops.interpolants import Interpolant
+from vfm_jax.ops.intervals import Intervals, uniform
+from vfm_jax.ops.keys import fold
+from vfm_jax.ops.strata import Stratified
 from vfm_jax.ops.timesteps import LossAware
 
 RNG = jax.random.key(7)
@@ -28,7 +33,7 @@ class Pixelwise(nn.Module):
   num_classes: int = 3
 
   @nn.compact
-  def __call__(self, x, t, y=None, *, drop=None, tau=None):
+  def __call__(self, x, t, y=None, *, drop=None, tau=None, keys=None):
     table = self.param('labels', nn.initializers.normal(), (4, 8))
     cond = jnp.stack([t / 1000, tau / 1000.0], -1)
     h = nn.Dense(8)(x) + nn.Dense(8)(cond).reshape(-1, *(1,) * (x.ndim - 2), 8)
@@ -203,6 +208,22 @@ def test_errors_name_what_to_change(params):
     loss_of(params, Denoise(Pixelwise(), Gaussian(variance='small')))
 
 
+def test_times_that_do_not_go_with_the_rest_are_refused():
+  make = partial(Denoise, Pixelwise())
+  for process in (Interpolant(), Gaussian(steps=500)):
+    with pytest.raises(ValueError, match=r'objective\.process.*1000, found'):
+      make(process, times=LossAware())
+  with pytest.raises(ValueError, match=r'objective\.tasks. None, found 4'):
+    make(times=LossAware(), tasks=uniform(4))
+  for times in (Stratified(uniform(5)), Curriculum(strata=uniform(5))):
+    with pytest.raises(ValueError, match=r'objective\.tasks.*times\.\w+'):
+      make(times=times, tasks=uniform(4))
+    # Parts of the intervals, or several of them, are tasks as well.
+    for tasks in (None, uniform(5), uniform(10), Intervals((0, 400, 1000))):
+      make(times=times, tasks=tasks)
+  make(times=Curriculum(uniform(20)), tasks=uniform(3))
+
+
 def test_labels_that_have_no_row_are_refused():
   objective = Denoise(Pixelwise())
   labels = np.arange(3, dtype=np.int32)
@@ -213,3 +234,104 @@ def test_labels_that_have_no_row_are_refused():
     ValueError, match=r'num_classes`\), found \[\d+, \d+\] .* \[11, 12\]'
   ):
     objective.check(batch)
+
+
+def test_intervals_are_tasks(params):
+  # The last one is so short that no example is in it.
+  tasks = Intervals((0, 250, 500, 750, 999, 1000))
+  out = loss_of(params, Denoise(Pixelwise(), tasks=tasks))
+  plain = loss_of(params)
+  keys = fold(base.example_keys(RNG, BATCH), 0)
+  level = OBJECTIVE.process.noise_index(OBJECTIVE.process.draw_time(keys))
+  counts = np.histogram(level, tasks.bounds)[0]
+  np.testing.assert_array_equal(out.counts, counts)
+  assert counts[4] == out.sums[4] == 0
+  for k in range(4):
+    np.testing.assert_allclose(
+      out.sums[k] / 8, plain.metrics[f'loss_bin{k}'], rtol=1e-5
+    )
+  np.testing.assert_allclose(
+    out.metrics['denoising'], plain.sums[0] / 8, rtol=1e-6
+  )
+
+
+class Telling(Pixelwise):
+  """Sow what random keys say, and how much of the input is above zero."""
+
+  @nn.compact
+  def __call__(self, x, t, y=None, *, drop=None, tau=None, keys=None):
+    self.sow('aux', 'above', (x > 0).mean((1, 2, 3)))
+    if keys is not None:
+      self.sow('aux', 'random', jax.vmap(jax.random.uniform)(keys))
+    return super().__call__(x, t, y, drop=drop, tau=tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+  """Score the mean of a value."""
+
+  name: str = 'above'
+
+  def __call__(self, values, tau, valid):
+    value = values[self.name]
+    assert value.shape == (1, *tau.shape)
+    return 3 * (value[0] * valid).sum() / valid.sum(), {'told': value.mean()}
+
+
+def test_what_hooks_sow_is_scored_beside_the_loss(params):
+  objective = Denoise(Telling(), auxiliary=Mean())
+  out = loss_of(params, objective)
+  plain = loss_of(params)
+  np.testing.assert_array_equal(out.sums, plain.sums)
+  np.testing.assert_allclose(out.aux, 3 * out.metrics['told'], rtol=1e-6)
+  assert 0 < out.aux < 3
+  assert plain.aux == 0
+  with pytest.raises(ValueError, match=r"auxiliary.*'gates'.*\['above'"):
+    loss_of(params, Denoise(Telling(), auxiliary=Mean('gates')))
+
+
+def test_hooks_have_keys_of_their_own_in_training_alone(params):
+  objective = Denoise(Telling(), auxiliary=Mean('random'))
+  keys = fold(base.example_keys(RNG, BATCH), 3)
+  random = jax.vmap(jax.random.uniform)(keys)
+  out = loss_of(params, objective)
+  np.testing.assert_allclose(out.metrics['told'], random.mean(), rtol=1e-6)
+  with pytest.raises(ValueError, match=r"'random'.*\['above'\]"):
+    loss_of(params, objective, train=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diary:
+  """Draw as the process does, and note the losses of steps."""
+
+  def init(self):
+    return {'last': jnp.zeros(()), 'calls': jnp.zeros(())}
+
+  def draw(self, state, keys, process):
+    return process.draw_time(keys), jnp.ones(len(keys))
+
+  def update(self, state, t, losses):
+    return state
+
+  def pace(self, state, loss):
+    return {'last': loss, 'calls': state['calls'] + 1}
+
+
+def test_times_are_told_the_mean_loss_of_each_step():
+  objective = Denoise(
+    Telling(channels=3),
+    Gaussian(variance='small'),
+    times=Diary(),
+    tasks=Intervals((0, 300, 1000)),
+    auxiliary=Mean(),
+  )
+  tx = optax.sgd(0.0)
+  state = step.init_state(objective, tx, 0, BATCH)
+  make = step.make_train_step(objective, tx, accum=2)
+  one, metrics = jax.jit(make)(state, BATCH)
+  noted = one.extra['times']
+  assert noted['calls'] == 1
+  np.testing.assert_allclose(noted['last'], metrics['denoising'], rtol=1e-6)
+  bins = sum(metrics[f'loss_bin{i}'] for i in range(4))
+  np.testing.assert_allclose(noted['last'], bins, rtol=1e-5)
+  assert metrics['loss'] > metrics['denoising'] + metrics['told']

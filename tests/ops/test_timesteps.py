@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfm_jax.ops.diffusion import Gaussian
 from vfm_jax.ops.timesteps import LossAware, Times
 
 
@@ -16,7 +17,9 @@ def test_draws_large_losses_often_and_keeps_the_mean():
   history = times.update(history, jnp.array([3, 0]), jnp.array([1.0, 3.0]))
   p = times.probabilities(history)
   np.testing.assert_allclose(p, 0.9 * np.array([3, 1, 1, 1]) / 6 + 0.025)
-  drawn, weight = times.draw(history, jax.random.split(jax.random.key(0), 4000))
+  drawn, weight = times.draw(
+    history, jax.random.split(jax.random.key(0), 4000), Gaussian(steps=4)
+  )
   share = np.bincount(drawn, minlength=4) / 4000
   np.testing.assert_allclose(share, p, atol=0.03)
   np.testing.assert_allclose(weight.mean(), 1.0, atol=0.05)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vfm_jax.models import sizes
+from vfm_jax.models import labels, sizes
 from vfm_jax.nn import adaln, layers
+from vfm_jax.nn.mixer import Mixing
 from vfm_jax.nn.transformer import Remat, Stack
 from vfm_jax.ops import positions as pos
 from vfm_jax.ops import tokens as tok
@@ -61,6 +62,8 @@ class DiT(nn.Module):
     attention: 'joint' over space and time, or 'factorised' into space, then
       time, inside each block; see `nn.adaln.AdaLNBlock`.
     hooks: what is changed at the entry of each block, see `nn.adaln.Hooks`.
+    mixing: mix convolution and attention over space in place of attention, see
+      `nn.mixer`; blocks of different shares differ in shape and do not scan.
     norm_eps: epsilon of the LayerNorms.
     scan: compile one block and loop over it.
     remat: see `nn.transformer.Stack`.
@@ -83,6 +86,7 @@ class DiT(nn.Module):
   label_dropout: float = 0.1
   attention: adaln.Layout = 'joint'
   hooks: adaln.Hooks = adaln.Hooks()
+  mixing: Mixing | None = None
   norm_eps: float = 1e-6
   scan: bool = False
   remat: Remat = 'none'
@@ -140,7 +144,8 @@ class DiT(nn.Module):
       impl=self.impl,
       dtype=self.dtype,
     )
-    self.stack = Stack(dims.depth, block, scan=self.scan, remat=self.remat)
+    blocks = block if self.mixing is None else self._mixing(block)
+    self.stack = Stack(dims.depth, blocks, scan=self.scan, remat=self.remat)
     nn.share_scope(self, self.stack)  # parameters are blocks_0/...
     pixels = self.tubelet * self.patch**2
     self.final = adaln.FinalLayer(
@@ -155,6 +160,7 @@ class DiT(nn.Module):
     *,
     drop: jax.Array | None = None,
     tau: jax.Array | None = None,
+    keys: jax.Array | None = None,
   ) -> jax.Array:
     """Predict from a noisy input.
 
@@ -165,6 +171,7 @@ class DiT(nn.Module):
       y: int32 [B] labels; None for the null label, or for no labels.
       drop: bool [B], True replaces the label by the null label.
       tau: int32 [B] noise level for the hooks, 0 (clean) to 999.
+      keys: one random key an example [B] for the hooks; None for none.
 
     Returns:
       float32, the shape of x with `out_channels` channels: the prediction
@@ -182,7 +189,7 @@ class DiT(nn.Module):
       )
     video = x if x.ndim == 5 else x[:, None]
     grid = tok.token_grid(video.shape, self.patch_shape, path='denoiser')
-    context = self._condition(t, y, drop, tau, grid)
+    context = self._condition(t, y, drop, tau, keys, grid)
     h = self.patch_embed(tok.patchify(video, self.patch_shape))
     h = h + self._positions(grid).astype(h.dtype)
     if self.hooks.prefix:
@@ -192,7 +199,28 @@ class DiT(nn.Module):
     out = tok.unpatchify(h.astype(jnp.float32), grid, self.patch_shape)
     return out if x.ndim == 5 else out[:, 0]
 
-  def _condition(self, t, y, drop, tau, grid):
+  def _mixing(self, block):
+    """Return the blocks, each with the mixer of its depth."""
+    assert self.mixing is not None
+    if self.scan:
+      raise ValueError(
+        '`denoiser.mixing` gives blocks of different shapes, which need '
+        '`denoiser.scan` False, found True'
+      )
+    if self.hooks.prefix:
+      raise ValueError(
+        '`denoiser.mixing` needs a map of tokens and nothing else, found a '
+        f'`denoiser.hooks.prefix` of {self.hooks.prefix}'
+      )
+    if self.built_grid[0] > 1 and self.attention == 'joint':
+      raise ValueError(
+        '`denoiser.mixing` mixes over space: for videos it needs '
+        "`denoiser.attention` 'factorised', found 'joint'"
+      )
+    mixers = self.mixing.by_depth(self.dims.depth)
+    return tuple(block.clone(mixer=mixer) for mixer in mixers)
+
+  def _condition(self, t, y, drop, tau, keys, grid):
     slices = t.shape[1:] or (1,)
     if slices not in ((1,), grid[:1]) or (slices != (1,) and self.hooks.prefix):
       raise ValueError(
@@ -202,27 +230,13 @@ class DiT(nn.Module):
     t_embed = self.t_embed(t.reshape(-1, *slices))
     c = t_embed
     if self.num_classes:
-      c = c + self.y_embed(self._labels(y, drop, len(t)))[:, None]
+      c = c + self.y_embed(labels.choose(self, y, drop, len(t)))[:, None]
     elif y is not None or drop is not None:
       raise ValueError('labels need `denoiser.num_classes`, found 0')
-    context = adaln.Context(c=c, t_embed=t_embed, tau=tau, grid=grid)
+    context = adaln.Context(c=c, t_embed=t_embed, tau=tau, keys=keys, grid=grid)
     if self.hooks.prepare is None:
       return context
     return context.replace(shared=self.prepare(context, self.t_embed))
-
-  def _labels(self, y, drop, batch):
-    null = self.null_label
-    if null is None:
-      if y is not None and drop is None:
-        return y
-      raise ValueError(
-        'an input without a label needs the null label, for which '
-        '`denoiser.label_dropout` must be above 0, found '
-        f'{self.label_dropout}'
-      )
-    if y is None:
-      return jnp.full(batch, null)
-    return y if drop is None else jnp.where(drop, null, y)
 
   def _positions(self, grid):
     t, h, w = built = self.built_grid

@@ -6,7 +6,7 @@ token slices in time, each with its own.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.struct
@@ -29,6 +29,8 @@ class Context(flax.struct.PyTreeNode):
     c: f32 [B, F, D], the sum of the embeddings of time and label.
     t_embed: f32 [B, F, D], the embedding of time alone.
     tau: int32 [B] noise level, 0 (clean) to 999; None if it was not given.
+    keys: one random key an example [B], the same in all blocks; None, as in
+      evaluation and sampling, for no randomness.
     shared: what `Hooks.prepare` returned.
     grid: (T', H', W') of the tokens; static.
   """
@@ -36,8 +38,24 @@ class Context(flax.struct.PyTreeNode):
   c: jax.Array
   t_embed: jax.Array | None = None
   tau: jax.Array | None = None
+  keys: jax.Array | None = None
   shared: Any = None
   grid: Grid = flax.struct.field(pytree_node=False, default=(1, 1, 1))
+
+  def prepared(self, name: str) -> Any:
+    """Return what `Hooks.prepare` returned by a name.
+
+    Raises:
+      ValueError: there is nothing of this name.
+    """
+    found = self.shared if isinstance(self.shared, Mapping) else {}
+    if name not in found:
+      raise ValueError(
+        f'a hook of `denoiser.hooks` needs {name!r}, which '
+        f'`denoiser.hooks.prepare` did not make, found {sorted(found)}; take '
+        'the hooks that `models.switch.switch` or `models.prompts.dmp` returns'
+      )
+    return found[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +64,8 @@ class Hooks:
 
   A hook is a function, or a Linen module of which each block gets its own
   copy (parameters blocks_i/token_hook, blocks_i/mask_hook). Modules may sow
-  per-layer values into the collection 'aux'. A block computes
+  per-layer values into the collection 'aux', see `transformer.stack_sown`. A
+  block computes
 
       x = token(layer, x, context)
       m = mask(layer, x, context)
@@ -54,7 +73,8 @@ class Hooks:
 
   Attributes:
     token: (layer, x [B, N, D], context) -> [B, N, D].
-    mask: (layer, x [B, N, D], context) -> m, broadcastable to [B, N, D].
+    mask: (layer, x [B, N, D], context) -> m, broadcastable to [B, N, D], or
+      None for no mask, as the static fields of the hook decide.
     prepare: (context, embed_time) -> arrays, called once before the blocks
       for what they share (as a module: parameters prepare_hook); the result
       is `Context.shared`. embed_time maps times [K] to f32 [K, D].
@@ -63,7 +83,7 @@ class Hooks:
   """
 
   token: Callable[..., jax.Array] | None = None
-  mask: Callable[..., jax.Array] | None = None
+  mask: Callable[..., jax.Array | None] | None = None
   prepare: Callable[..., Any] | None = None
   prefix: int = 0
 
@@ -152,6 +172,9 @@ class AdaLNBlock(nn.Module):
       are a subset whose outputs it keeps, frame by frame, while the gate of
       attn_time is zero.
     hooks: see `Hooks`.
+    mixer: makes the module (parameters mixer) that takes the place of the
+      attention over space, with its other fields: maps [B, H, W, D] to such
+      maps; see `nn.mixer.Mixing`. None attends (parameters attn).
     norm_eps: epsilon of the LayerNorms.
     impl: attention implementation, see `ops.attention`.
     dtype: compute type of tokens.
@@ -161,6 +184,7 @@ class AdaLNBlock(nn.Module):
   mlp_width: int
   attention: Layout = 'joint'
   hooks: Hooks = Hooks()
+  mixer: Callable[..., nn.Module] | None = None
   norm_eps: float = 1e-6
   impl: str = 'auto'
   dtype: layers.Dtype = 'float32'
@@ -182,6 +206,8 @@ class AdaLNBlock(nn.Module):
     if self.hooks.mask is None:
       return self._update(x, context)
     m = own(self, self.hooks.mask, 'mask_hook')(layer, x, context)
+    if m is None:
+      return self._update(x, context)
     inside = self._update((m * x).astype(x.dtype), context)
     return (inside + (1 - m) * x).astype(x.dtype)
 
@@ -189,7 +215,10 @@ class AdaLNBlock(nn.Module):
     shared: dict[str, Any] = dict(
       qkv_bias='full', impl=self.impl, dtype=self.dtype
     )
-    attn = Attention(self.heads, name='attn', **shared)
+    if self.mixer is None:
+      attn = Attention(self.heads, name='attn', **shared)
+    else:
+      attn = self._over_map(context.grid)
     mlp = layers.Mlp(self.mlp_width, self.dtype, gelu='tanh', name='mlp')
     ada = _modulation(context.c, 6, 'ada')
     if self.attention == 'joint':
@@ -201,6 +230,16 @@ class AdaLNBlock(nn.Module):
       ada_time = _modulation(context.c, 3, 'ada_time')
       x = self._add(x, lambda h: _over_time(time, h, slices), *ada_time)
     return self._add(x, mlp, *ada[3:])
+
+  def _over_map(self, grid):
+    """Return the mixer as a function of tokens [B, N, D]."""
+    assert self.mixer is not None
+    mixer: Any = self.mixer(impl=self.impl, dtype=self.dtype, name='mixer')
+
+    def mix(h):
+      return mixer(h.reshape(-1, *grid[1:], h.shape[-1])).reshape(h.shape)
+
+    return mix
 
   def _add(self, x, branch, shift, scale, gate):
     h = layers.LayerNorm(self.norm_eps, affine=False)(x)

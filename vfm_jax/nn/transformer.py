@@ -1,6 +1,7 @@
 """Build the pre-norm transformer: Attention, Block and Stack."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
+from vfm_jax import trees
 from vfm_jax.nn import layers
 from vfm_jax.ops import linear
 from vfm_jax.ops.attention import attention
@@ -53,7 +55,7 @@ class Attention(nn.Module):
         f'{dim} and {self.heads} heads; change `width` or `heads`'
       )
     head_dim = dim // self.heads
-    q, k, v = _QKV(
+    q, k, v = QKV(
       self.heads,
       self.qkv_bias == 'full',
       self.dtype,
@@ -80,7 +82,7 @@ class Attention(nn.Module):
     )(out.reshape(b, n, dim))
 
 
-class _QKV(nn.Module):
+class QKV(nn.Module):
   """Project to queries, keys and values, three times [B, N, H, D/H].
 
   One parameter [D, 3, H, D/H], initialised as a matrix [D, 3D] and used as
@@ -95,6 +97,7 @@ class _QKV(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> list[jax.Array]:
+    """Return queries, keys and values of x [B, N, D]."""
     dim = x.shape[-1]
     shape = (3, self.heads, dim // self.heads)
 
@@ -175,7 +178,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """Apply `depth` equal blocks; their parameters are in the parent's scope.
+  """Apply `depth` blocks; their parameters are in the parent's scope.
 
   Unrolled, the parameters are blocks_0/..., blocks_1/...; scanned, they are
   blocks/... with a leading axis of layers. `stack_blocks` and
@@ -186,8 +189,9 @@ class Stack(nn.Module):
 
   Attributes:
     depth: number of blocks.
-    block: the block, a template that is cloned: x [B, N, D] -> [B, N, D].
-      What it sows into the collection 'aux' is kept for every layer.
+    block: the block, a template that is cloned: x [B, N, D] -> [B, N, D]; or
+      one for each layer, where their shapes differ: these do not scan. What a
+      block sows into the collection 'aux' is kept for every layer.
     drop_path: rate of the last block; it grows linearly from 0.
     scan: compile one block and loop over it.
     remat: what the backward pass computes again: 'none', the 'full' block,
@@ -195,19 +199,24 @@ class Stack(nn.Module):
   """
 
   depth: int
-  block: nn.Module
+  block: nn.Module | tuple[nn.Module, ...]
   drop_path: float = 0.0
   scan: bool = False
   remat: Remat = 'none'
 
   def setup(self):
     """Make the submodules (called by Flax)."""
-    template = self.block.clone(parent=None, name=None)
-    self.blocks: Any = (
-      template.clone()
-      if self.scan
-      else [template.clone() for _ in range(self.depth)]
-    )
+    if isinstance(self.block, tuple):
+      templates = self.block
+      if self.scan or len(templates) != self.depth:
+        raise ValueError(
+          f'{len(templates)} blocks that may differ need a depth of as many '
+          f'and `scan` False, found a depth of {self.depth} and {self.scan}'
+        )
+    else:
+      templates = (self.block,) * (1 if self.scan else self.depth)
+    blocks = [t.clone(parent=None, name=None) for t in templates]
+    self.blocks: Any = blocks[0] if self.scan else blocks
 
   def __call__(
     self,
@@ -303,6 +312,37 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
     else:
       out[name] = unstack_blocks(value) if isinstance(value, Mapping) else value
   return out
+
+
+def stack_sown(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
+  """Return what modules sowed, by name: [L, ...] in the order of the layers.
+
+  A scanned and an unrolled stack give the same. What a module outside of the
+  blocks sowed has L = 1.
+
+  Args:
+    sown: a collection, such as 'aux', after `Module.apply`.
+
+  Raises:
+    ValueError: a module sowed a name twice.
+  """
+  found: dict[str, list[jax.Array]] = {}
+  leaves = trees.path_leaves(sown)
+  # By number, so that block 10 comes after block 9.
+  natural = lambda leaf: [  # noqa: E731
+    int(part) if part.isdigit() else part
+    for part in re.split(r'(\d+)', leaf[0])
+  ]
+  for path, value in sorted(leaves, key=natural):
+    *_, name, number = path.split('/')
+    if number != '0':
+      raise ValueError(
+        f'expected each module to sow {name!r} once, found '
+        f'{path.removesuffix("/" + number)!r} twice'
+      )
+    value = value if trees.STACKED.search(path) else value[None]
+    found.setdefault(name, []).append(value)
+  return {name: jnp.concatenate(values) for name, values in found.items()}
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -104,6 +104,27 @@ class Denoises(Protocol):
 
 
 @runtime_checkable
+class Auxiliary(Protocol):
+  """Optional: score what the modules of a network sowed in a pass."""
+
+  def __call__(
+    self,
+    values: Mapping[str, jax.Array],
+    tau: jax.Array,
+    valid: jax.Array,
+  ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Return a loss f32 [], weighted as it shall count, and its metrics.
+
+    Args:
+      values: what was sown into 'aux', by name, f32 [L, ...]: see
+        `nn.transformer.stack_sown`.
+      tau: int32 [B] noise levels of the examples.
+      valid: f32 [B], 0 for examples that do not count.
+    """
+    ...
+
+
+@runtime_checkable
 class Checks(Protocol):
   """Optional: look at what comes to a host before it goes to the devices."""
 

@@ -1,8 +1,7 @@
 """Learn to undo noise: diffusion and interpolants, with or without labels."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -10,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from vfm_jax.nn.transformer import stack_sown
 from vfm_jax.objectives import base
 from vfm_jax.objectives.frozen import Decoder
 from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.ops.intervals import Intervals
 from vfm_jax.ops.keys import fold
 from vfm_jax.ops.process import NOISE_LEVELS, Process
-from vfm_jax.ops.timesteps import Times
+from vfm_jax.ops.timesteps import Paced, Refuses, Reports, Times
 from vfm_jax.sampling import Sampling
 
 # Streams of an example's key.
-_TIME, _NOISE, _LABEL = range(3)
+_TIME, _NOISE, _LABEL, _HOOKS = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Denoise:
   """Corrupt a sample at a random time and learn what the process asks for.
 
   Attributes:
-    denoiser: module (x, t, y, *, drop, tau) -> output, see `models.dit.DiT`.
-      Its `label_dropout` is how often a label is replaced by the null one in
-      training; the draw is made here, for each example.
+    denoiser: module (x, t, y, *, drop, tau, keys) -> output, see
+      `models.dit.DiT`. Its `label_dropout` is how often a label is replaced by
+      the null one in training; the draw is made here, for each example.
     process: how noise enters and what the output means: `ops.diffusion` or
       `ops.interpolants`.
     data: what to learn: a key of the batch, [B, H, W, C] or [B, T, H, W, C].
@@ -38,7 +39,11 @@ class Denoise:
     label: which of the batch's labels conditions the network; None for none.
     times: how to draw the times of training, see `ops.timesteps`; None leaves
       it to the process. Its state is under 'times' in `extra`, and is updated
-      with each microbatch.
+      with each microbatch and, where it is `Paced`, with each step.
+    tasks: intervals of the noise level, each a task of its own, for
+      `vfm_jax.multitask`; None is one task.
+    auxiliary: scores what the network's hooks sow, and is added to the loss
+      as it is, however the tasks are combined.
     bins: number of equal ranges of the noise level to report the loss of.
     sampling: how pictures during training and the `sample` verb are drawn.
     decoder: makes pictures of latents, see `latents.LatentDecoder`; None takes
@@ -50,9 +55,16 @@ class Denoise:
   data: str = 'image'
   label: str | None = 'label'
   times: Times | None = None
+  tasks: Intervals | None = None
+  auxiliary: base.Auxiliary | None = None
   bins: int = 4
   sampling: Sampling = Sampling()
   decoder: Decoder | None = None
+
+  def __post_init__(self):
+    """Refuse times that do not go with the process or the tasks."""
+    if isinstance(self.times, Refuses):
+      self.times.refuse(self.process, self.tasks)
 
   def init(
     self, rng: jax.Array, batch: base.Batch
@@ -75,11 +87,12 @@ class Denoise:
     *,
     train: bool,
   ) -> base.LossOut:
-    """Return the summed losses of the examples and their number.
+    """Return the summed losses of each task's examples and their number.
 
-    Metrics are the parts that the process names, averaged over the examples,
-    and `loss_bin{i}`, what the examples of a range of noise levels contribute:
-    these add up to the loss, the cleanest range first.
+    Metrics are `denoising`, the loss that the process gives, and the parts that
+    it names, averaged over the examples; and `loss_bin{i}`, what the examples
+    of a range of noise levels contribute: these add up to `denoising`, the
+    cleanest range first.
 
     Args:
       params: from `init`.
@@ -87,7 +100,11 @@ class Denoise:
       batch: the samples under `data`, `labels` of int32 [B], `row` int32 [B];
         `valid` bool [B] leaves examples out.
       rng: key of the step.
-      train: whether labels are dropped, and `times` used and updated.
+      train: whether labels are dropped, `times` used and updated, and the
+        network's hooks given random keys.
+
+    Raises:
+      ValueError: `auxiliary` asks for what nothing sows.
     """
     x0, y = self._samples(batch), self._labels(batch)
     keys = base.example_keys(rng, batch)
@@ -95,13 +112,17 @@ class Denoise:
     if times is None:
       t, importance = self.process.draw_time(fold(keys, _TIME)), 1.0
     else:
-      t, importance = times.draw(extra['times'], fold(keys, _TIME))
+      t, importance = times.draw(
+        extra['times'], fold(keys, _TIME), self.process
+      )
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(
       fold(keys, _NOISE)
     )
     drop = self._drop(fold(keys, _LABEL)) if train and y is not None else None
     x_t = self.process.corrupt(x0, eps, t)
-    output = self._apply(params, x_t, t, y, drop)
+    hook_keys = fold(keys, _HOOKS) if train else None
+    collect = () if self.auxiliary is None else ('aux',)
+    output, sown = self._apply(params, x_t, t, y, drop, hook_keys, collect)
     losses, parts = self.process.loss(output, x0, eps, x_t, t)
     if times is not None:
       seen = jax.lax.stop_gradient(losses)
@@ -111,17 +132,43 @@ class Denoise:
     valid = batch.get('valid')
     weight = jnp.ones_like(losses) if valid is None else valid
     weight = weight.astype(jnp.float32)
-    total, count = (losses * weight).sum(), weight.sum()
-    mean = lambda x: (x * weight).sum() / jnp.maximum(count, 1.0)  # noqa: E731
-    metrics = {name: mean(part) for name, part in parts.items()}
-    place = self.process.noise_index(t) * self.bins // NOISE_LEVELS
+    count = jnp.maximum(weight.sum(), 1.0)
+    mean = lambda x: (x * weight).sum() / count  # noqa: E731
+    metrics = {'denoising': mean(losses)}
+    metrics |= {name: mean(part) for name, part in parts.items()}
+    if isinstance(times, Reports):
+      metrics |= times.report(extra['times'])
+    level = self.process.noise_index(t)
+    place = level * self.bins // NOISE_LEVELS
     for i in range(self.bins):
       metrics[f'loss_bin{i}'] = mean(losses * (place == i))
+    aux = jnp.zeros((), jnp.float32)
+    if self.auxiliary is not None:
+      values = _Sown(stack_sown(sown))
+      aux, named = self.auxiliary(values, level, weight)
+      metrics |= named
+    members = self._members(level) * weight
     return base.LossOut(
-      sums=total[None], counts=count[None], metrics=metrics, extra=extra
+      sums=(members * losses).sum(axis=1),
+      counts=members.sum(axis=1),
+      aux=aux,
+      metrics=metrics,
+      extra=extra,
     )
 
-  after_update = base.keep_extra
+  def after_update(
+    self,
+    extra: base.PyTree,
+    params: base.PyTree,
+    step: jax.Array,
+    metrics: Mapping[str, jax.Array],
+  ) -> base.PyTree:
+    """Return `extra` with `times` told the mean loss of the whole step."""
+    del params, step
+    if not isinstance(self.times, Paced):
+      return extra
+    times = self.times.pace(extra['times'], metrics['denoising'])
+    return {**extra, 'times': times}
 
   def denoise(
     self,
@@ -139,7 +186,7 @@ class Denoise:
       y: int32 [B] labels; None for the network's null label, or where it
         knows no labels.
     """
-    return self._apply(params, x, t, y, None)
+    return self._apply(params, x, t, y)[0]
 
   def draw(
     self,
@@ -262,16 +309,25 @@ class Denoise:
       'sample': self.sample(params, keys, x.shape[1:], self._labels(batch)),
     }
 
-  def _apply(self, params, x, t, y, drop):
-    output: Any = self.denoiser.apply(
+  def _apply(self, params, x, t, y, drop=None, keys=None, collect=()):
+    """Return the output and the collections that are collected."""
+    output, sown = self.denoiser.apply(
       {'params': params['denoiser']},
       x,
       self.process.model_time(t),
       y,
       drop=drop,
       tau=self.process.noise_index(t),
+      keys=keys,
+      mutable=list(collect),
     )
-    return output.astype(jnp.float32)
+    return output.astype(jnp.float32), sown
+
+  def _members(self, level):
+    """Return f32 [K, B]: 1 where an example belongs to a task."""
+    if self.tasks is None:
+      return jnp.ones((1, len(level)), jnp.float32)
+    return jax.nn.one_hot(self.tasks.of(level), self.tasks.count, axis=0)
 
   def _drop(self, keys):
     """Return which labels to replace by the null one [B], or None for none."""
@@ -318,3 +374,13 @@ class Denoise:
     x = x if x.ndim == 5 else x[:, None]
     x = jnp.round(127.5 * (jnp.clip(x, -1.0, 1.0) + 1.0)).astype(jnp.uint8)
     return jnp.broadcast_to(x, (*x.shape[:-1], 3))
+
+
+class _Sown(dict[str, jax.Array]):
+  """What the network sowed, by name; asking for more is an error."""
+
+  def __missing__(self, name):
+    raise ValueError(
+      f'`objective.auxiliary` needs {name!r}, which nothing in the network '
+      f'sows, found {sorted(self)}; change it or `objective.denoiser.hooks`'
+    )

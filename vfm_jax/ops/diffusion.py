@@ -94,12 +94,33 @@ class Gaussian:
     Raises:
       ValueError: the process is respaced: a network is trained on all steps.
     """
-    if self.respacing:
-      raise ValueError(
-        "expected `objective.process.respacing` '' in training, found "
-        f'{self.respacing!r}; give it to the sampler as `steps`'
-      )
+    self._check_whole()
     return jax.vmap(lambda k: jax.random.randint(k, (), 0, self.steps))(keys)
+
+  def draw_within(
+    self, keys: jax.Array, low: jax.Array, high: jax.Array
+  ) -> jax.Array:
+    """Return a step int32 [B] a key, all of the noise levels alike likely.
+
+    Args:
+      keys: one a step [B].
+      low: int32 [B], the first noise level.
+      high: int32 [B], the one after the last.
+
+    Raises:
+      ValueError: as `draw_time`.
+    """
+    self._check_whole()
+    levels = jnp.asarray(self._levels)
+    first, end = (jnp.searchsorted(levels, x) for x in (low, high))
+    draw = lambda k, a, b: jax.random.randint(k, (), a, b)  # noqa: E731
+    # Where a range has no step this is the one next to it.
+    t = jax.vmap(draw)(keys, first, end)
+    return jnp.minimum(t, self.steps - 1)
+
+  def has_time_within(self, low: int, high: int) -> bool:
+    """Return whether a step has one of the noise levels low to high - 1."""
+    return bool(np.any((low <= self._levels) & (self._levels < high)))
 
   def original(self, t: jax.Array) -> jax.Array:
     """Return the steps' numbers in the whole process, int32 [B]."""
@@ -240,6 +261,20 @@ class Gaussian:
     return likelihood.mean(likelihood.kl(mean, logvar, 0.0, 0.0)) / math.log(
       2.0
     )
+
+  @functools.cached_property
+  def _levels(self) -> np.ndarray:
+    """Return the noise level of each step, int32 [T]."""
+    with jax.ensure_compile_time_eval():
+      t = jnp.arange(self.num_kept, dtype=jnp.int32)
+      return np.asarray(self.noise_index(t))
+
+  def _check_whole(self):
+    if self.respacing:
+      raise ValueError(
+        "expected `objective.process.respacing` '' in training, found "
+        f'{self.respacing!r}; give it to the sampler as `steps`'
+      )
 
   def _split(self, output, x):
     """Return the prediction and the variance channels, or None for these."""

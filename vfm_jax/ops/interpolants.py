@@ -6,19 +6,25 @@ arXiv:2209.03003 and arXiv:2403.03206.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vfm_jax.ops import likelihood, noise, paths
+from vfm_jax.ops import likelihood, noise, paths, truncated
 from vfm_jax.ops import process as base
 from vfm_jax.ops.paths import Form, Path
 from vfm_jax.ops.process import bcast
 
 Quantity = Literal['velocity', 'noise', 'score']
+
+# Floats of slack at the ends of a range of noise levels, so that a compiled
+# `index` that rounds otherwise stays in it.
+_SLACK = 8
 
 
 def interval(
@@ -49,16 +55,44 @@ def interval(
   return t0, t1
 
 
-def uniform(keys: jax.Array) -> jax.Array:
-  """Draw u ~ U[0, 1), f32 [B], one key each."""
-  return jax.vmap(jax.random.uniform)(keys)
+class Ends(NamedTuple):
+  """Say between which numbers to draw, f32 [B] each."""
+
+  low: jax.Array
+  high: jax.Array
+
+
+def uniform(keys: jax.Array, *, within: Ends | None = None) -> jax.Array:
+  """Draw u ~ U[0, 1), f32 [B], one key each.
+
+  Args:
+    keys: one a number [B].
+    within: the part of [0, 1] to draw from; None is all.
+  """
+  u = jax.vmap(jax.random.uniform)(keys)
+  return u if within is None else truncated.uniform(u, *within)
 
 
 def logit_normal(
-  keys: jax.Array, *, mean: float = 0.0, scale: float = 1.0
+  keys: jax.Array,
+  *,
+  mean: float = 0.0,
+  scale: float = 1.0,
+  within: Ends | None = None,
 ) -> jax.Array:
-  """Draw the sigmoid of a normal number, f32 [B] (arXiv:2403.03206, eq. 19)."""
-  return jax.nn.sigmoid(mean + scale * jax.vmap(jax.random.normal)(keys))
+  """Draw the sigmoid of a normal number, f32 [B] (arXiv:2403.03206, eq. 19).
+
+  Args:
+    keys: one a number [B].
+    mean: of the normal number.
+    scale: its standard deviation.
+    within: as in `uniform`: the same density, between the ends alone.
+  """
+  z = jax.vmap(jax.random.normal)(keys)
+  if within is not None:
+    ends = ((jax.scipy.special.logit(u) - mean) / scale for u in within)
+    z = truncated.normal(z, *ends)
+  return jax.nn.sigmoid(mean + scale * z)
 
 
 def linear_index(path: Path, t: jax.Array) -> jax.Array:
@@ -86,7 +120,9 @@ def snr_index(
   # The table falls with the step and searchsorted wants it to rise. The
   # infinities at the ends of a path fall into the last and the first step.
   between = -(log_snr[1:] + log_snr[:-1]) / 2
-  found = 2.0 * (jnp.log(path.sigma(t)) - jnp.log(path.alpha(t)))
+  # A cosine of pi / 2 rounds to less than 0.
+  sigma = jnp.maximum(path.sigma(t), 0.0)
+  found = 2.0 * (jnp.log(sigma) - jnp.log(path.alpha(t)))
   table = jnp.asarray(between, jnp.float32)
   return jnp.searchsorted(table, found).astype(jnp.int32)
 
@@ -106,8 +142,11 @@ class Interpolant:
     train_eps: distance of training times from the ends, see `interval`. None
       takes the path's own.
     sample_eps: the same of sampling.
-    density: (keys [B]) -> [B] in [0, 1], spread over the training interval.
-    index: (path, t [B]) -> int32 [B], the noise level for experts and masks.
+    density: (keys [B], *, within) -> [B] in [0, 1], spread over the training
+      interval. `within`, the ends of a part of [0, 1] or None, is for training
+      by noise level; see `uniform`.
+    index: (path, t [B]) -> int32 [B], the noise level for experts and masks,
+      which does not rise with t.
     time_scale: what t is multiplied by before it is embedded. SiT embeds t as
       it is; some rectified flows embed 1000 t or 10000 t.
   """
@@ -148,6 +187,45 @@ class Interpolant:
     """Return training times f32 [B], one key each."""
     t0, t1 = self.train_interval()
     return t0 + self.density(keys).astype(jnp.float32) * (t1 - t0)
+
+  def draw_within(
+    self, keys: jax.Array, low: jax.Array, high: jax.Array
+  ) -> jax.Array:
+    """Return training times f32 [B] whose noise levels are in a range.
+
+    Args:
+      keys: one a time [B].
+      low: int32 [B], the first noise level.
+      high: int32 [B], the one after the last.
+
+    Raises:
+      TypeError: `density` cannot be cut to a range.
+    """
+    if 'within' not in inspect.signature(self.density).parameters:
+      raise TypeError(
+        'expected `objective.process.density` to take within=(low, high), for '
+        'training by noise level, as `ops.interpolants.uniform` does; found '
+        f'{self.density}'
+      )
+    t0, t1 = self.train_interval()
+    after, until = (jnp.asarray(edge) for edge in self._edges)
+    first, last = (jnp.clip(t, t0, t1) for t in (after[high], until[low]))
+    from_start, to_end = high == base.NOISE_LEVELS, low == 0
+    ends = Ends(
+      jnp.where(from_start, 0.0, (first - t0) / (t1 - t0)),
+      jnp.where(to_end, 1.0, (last - t0) / (t1 - t0)),
+    )
+    t = t0 + self.density(keys, within=ends).astype(jnp.float32) * (t1 - t0)
+    # Rounding may have left the range; that of training is never cut.
+    t = jnp.where(from_start, t, jnp.maximum(t, first))
+    t = jnp.where(to_end, t, jnp.minimum(t, last))
+    return jnp.where(from_start & to_end, self.draw_time(keys), t)
+
+  def has_time_within(self, low: int, high: int) -> bool:
+    """Return whether a training time has a noise level of low to high - 1."""
+    t0, t1 = self.train_interval()
+    first, last = self._edges[0][high], self._edges[1][low]
+    return bool(max(first, t0) <= min(last, t1))
 
   def model_time(self, t: jax.Array) -> jax.Array:
     """Return the number f32 [B] that the network embeds."""
@@ -267,6 +345,26 @@ class Interpolant:
       form=form,
       last_step_size=last_step_size,
     )
+
+  @functools.cached_property
+  def _edges(self) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first time below, and the last one of, a noise level.
+
+    Both f32 [NOISE_LEVELS + 1]. Floats from 0 to 1 are ordered as their bits
+    are, so halving the range of these finds the edges exactly.
+    """
+    level = np.arange(base.NOISE_LEVELS + 1)
+    low = np.full(level.shape, -1, np.int32)
+    high = np.full(level.shape, np.float32(1.0).view(np.int32) + 1, np.int32)
+    index = jax.jit(self.noise_index)
+    with jax.ensure_compile_time_eval():
+      while np.any(high - low > 1):
+        middle = low + (high - low) // 2
+        t = jnp.asarray(np.maximum(middle, 0).view(np.float32))
+        noisy = np.asarray(index(t)) >= level
+        low, high = np.where(noisy, middle, low), np.where(noisy, high, middle)
+    after, last = np.maximum(high + _SLACK, 0), np.maximum(low - _SLACK, 0)
+    return after.view(np.float32), last.view(np.float32)
 
   def _score(self, output, t):
     """Return the score that a predicted noise stands for, or a score."""

@@ -8,6 +8,7 @@ outside a process may know which: what must (experts, masks, curricula by noise
 level) asks `noise_index`.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -50,6 +51,22 @@ class Process(Protocol):
     """Return a time [B] for each key [B], as in training."""
     ...
 
+  def draw_within(
+    self, keys: jax.Array, low: jax.Array, high: jax.Array
+  ) -> jax.Array:
+    """Return a time [B] a key as in training, of some noise levels alone.
+
+    The density of training is cut to the times whose `noise_index` is in
+    `low <= level < high`, int32 [B] each. From 0 to NOISE_LEVELS it gives what
+    `draw_time` does, bit for bit. Where a process has no such time, what comes
+    is near the range and outside it; see `check_reachable`.
+    """
+    ...
+
+  def has_time_within(self, low: int, high: int) -> bool:
+    """Return whether a time of training has a noise level in a range."""
+    ...
+
   def model_time(self, t: jax.Array) -> jax.Array:
     """Return f32 [B], the number that the network embeds for t."""
     ...
@@ -78,6 +95,27 @@ class Process(Protocol):
   ) -> Prediction:
     """Read the output of the network."""
     ...
+
+
+def check_reachable(
+  process: Process, ranges: Iterable[tuple[int, int]], path: str
+) -> None:
+  """Refuse ranges of noise levels in which a process has no times.
+
+  Args:
+    process: what the times are drawn from.
+    ranges: first level and the one after the last, of each.
+    path: where the config sets them, for the error.
+
+  Raises:
+    ValueError: names the empty ones.
+  """
+  if empty := [r for r in ranges if not process.has_time_within(*r)]:
+    raise ValueError(
+      f'expected times of `objective.process` in each part of `{path}`, found '
+      f'none in the noise levels {empty} (first, one after the last) of '
+      f'{NOISE_LEVELS}; take larger parts, or give the process more steps'
+    )
 
 
 def bcast(coefficient: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,0 +1,110 @@
+"""Time steps of denoisers trained as multi-task learners against plain ones.
+
+The first 4 blocks of DiT-S/2, latents 32 x 32 x 4, batch 4, 1,000 classes,
+float32: noise, forward, backward and AdamW. As a program
+(`python -m benchmarks.multitask_step NAME`) this is one contestant.
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+from benchmarks import contestants, dit_step, interleave, results
+
+DEPTH, TASKS = 4, 4
+WORK = dict(batch=dit_step.BATCH, tasks=TASKS, depth=DEPTH)
+PLAIN = 'DiT, all parameters'
+BARS = {
+  'DTR': 1.03,
+  'Switch-DiT, merged': 1.12,
+  'Switch-DiT, dispatched': 1.35,
+  'DMP': 1.0,
+  'PCGrad': TASKS + 1.0,
+  'NashMTL, between bargains': 1.3,
+}
+NAMES = (PLAIN, *BARS, 'NashMTL, a bargain')
+
+
+def run(rounds: int) -> results.Comparison:
+  """Compare the train steps."""
+  seconds, info = interleave.compare(
+    [
+      interleave.Contestant(
+        name,
+        ('-m', 'benchmarks.multitask_step', name),
+        contestants.KEEP_MEMORY,
+      )
+      for name in NAMES
+    ],
+    rounds=rounds,
+  )
+  return results.Comparison(
+    title=f'DiT-S/2 of {DEPTH} blocks, step, batch {dit_step.BATCH}',
+    reference=PLAIN,
+    seconds=seconds,
+    bars=BARS,
+    notes=(
+      f'{TASKS} intervals of the noise levels as tasks, one example each, for '
+      'all contestants. Switch-DiT has 3 experts, of which a level uses 2, and '
+      'the prior; DMP adds a prompt to each of 256 tokens of a frozen network, '
+      'with balancing losses. NashMTL bargains every 25 steps. On '
+      f'{contestants.CORES} CPU cores, malloc as launch/setup.sh sets it.'
+    ),
+    info=info,
+  )
+
+
+def serve(name: str) -> None:
+  """Be a contestant."""
+  import numpy as np
+
+  from vfm_jax import multitask
+  from vfm_jax.models import prompts, switch
+  from vfm_jax.models.routing import Routing
+  from vfm_jax.nn.adaln import Hooks
+  from vfm_jax.objectives.balance import Balance
+  from vfm_jax.objectives.denoise import Denoise
+  from vfm_jax.objectives.prior import DiffusionPrior
+  from vfm_jax.ops.intervals import uniform
+  from vfm_jax.ops.strata import Stratified
+  from vfm_jax.optim import Group
+
+  tokens = (dit_step.SIZE // dit_step.PATCH) ** 2
+  method, _, way = name.partition(', ')
+  hooks, auxiliary, groups, combine = Hooks(), None, (), None
+  if method == 'DTR':
+    hooks = Hooks(mask=Routing())
+  elif method == 'Switch-DiT':
+    impl: Any = {'merged': 'merged', 'dispatched': 'grouped'}[way]
+    hooks, auxiliary = switch.switch(impl=impl), DiffusionPrior()
+  elif method == 'DMP':
+    hooks, auxiliary = prompts.dmp(tokens), Balance()
+    groups = (Group('token_hook|prepare_hook'), Group('.', freeze=True))
+  elif method == 'PCGrad':
+    combine = multitask.PCGrad()
+  elif method == 'NashMTL':
+    combine = multitask.Nash(every=1 if way == 'a bargain' else 25)
+  model = dataclasses.replace(
+    dit_step.our_model(), depth=DEPTH, hooks=hooks, parent=None
+  )
+  intervals = uniform(TASKS)
+  objective = Denoise(
+    model,
+    times=Stratified(intervals),
+    tasks=intervals,
+    auxiliary=auxiliary,
+  )
+  rng = np.random.default_rng(0)
+  shape = (dit_step.BATCH, dit_step.SIZE, dit_step.SIZE, dit_step.CHANNELS)
+  batch = {
+    'image': rng.standard_normal(shape, np.float32),
+    'labels': {'label': np.arange(dit_step.BATCH, dtype=np.int32)},
+    'row': np.arange(dit_step.BATCH, dtype=np.int32),
+  }
+  contestants.serve_train_step(
+    objective, batch, WORK, groups=groups, combine=combine, same_size=False
+  )
+
+
+if __name__ == '__main__':
+  serve(sys.argv[1])

@@ -1,0 +1,227 @@
+"""Check that a comparison runs, goes on, survives failures and is reported."""
+
+import dataclasses
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vfm_jax import comparison, comparison_report, config, main, train
+from vfm_jax.comparison import Arm, Comparison, Outcome
+from vfm_jax.experiment import Experiment, WarmStart
+
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
+DISTANCE = 'digits/frechet_efficientnet_lite0_32_8_val8'
+
+
+def load(variant=''):
+  return config.load(f'{CONFIGS}/study_digits.py:{variant}')
+
+
+def shrink(c):
+  """Make the run of an arm one of two steps of a tiny network."""
+  c.objective.denoiser.update(width=16, depth=2, heads=2)
+  c.objective.sampling.sampler.steps = '2'
+  c.evals.levels.update(count=8, batch_size=8)
+  c.evals.levels.intervals.count = 2
+  c.update(batch_size=8, steps=2, eval_every=1, log_every=1)
+  return c
+
+
+def small_study(tmp_path):
+  """Return the study with two of its arms, one going on from the other."""
+  c = load()
+  with c.unlocked():
+    arms = {arm.name: arm for arm in c.arms}
+    c.arms = (arms['dit'], arms['dmp'])
+    for arm in c.arms:
+      shrink(arm.experiment)
+    c.measures.digits.update(count=8, batch_size=8, reference_count=8)
+    c.measures.digits.features.size = 32
+    c.measures.classes.update(count=8, batch_size=8, epochs=1)
+    c.measures.classes.train.source.val_per_class = 496
+    c.measures.classes.val.source.val_per_class = 1
+    c.report = str(tmp_path / 'docs/report')
+  return c
+
+
+def test_study_from_start_to_end(tmp_path, monkeypatch, capsys, parsed_flags):
+  c = small_study(tmp_path)
+  runs = str(tmp_path / 'runs')
+
+  def study(c):
+    monkeypatch.setattr(main, '_CONFIG', types.SimpleNamespace(value=c))
+    monkeypatch.setattr(main, '_WORKDIR', types.SimpleNamespace(value=runs))
+    monkeypatch.setattr(main, '_SEEDS', types.SimpleNamespace(value=['3']))
+    monkeypatch.setattr(main, '_keep_compiled', lambda workdir: None)
+    main.main(['main', 'study'])
+
+  study(c)
+  table = (tmp_path / 'docs/report.md').read_text()
+  assert table in capsys.readouterr().out
+  rows = [line.split(' | ') for line in table.splitlines() if ' done ' in line]
+  assert [row[0] for row in rows] == ['| dit', '| dmp']
+  assert [row[3] for row in rows] == ['2', '2 + 2']
+  for row in rows:
+    assert all(np.isfinite(float(x.replace(',', ''))) for x in row[4:-1])
+  assert f'`{DISTANCE}`' in table
+  assert 'In all runs `classes/classifier_top1`' in table
+  assert Image.open(tmp_path / 'docs/report.png').width > 1000
+  dit, dmp = (
+    comparison.Outcome(
+      **json.loads((tmp_path / f'runs/{a}/seed_3/outcome.json').read_text())
+    )
+    for a in ('dit', 'dmp')
+  )
+  assert dit.parameters == dit.trained
+  # 2 blocks of 16 prompts of 16, the gate with its depth, the noise.
+  assert dmp.trained == 2 * 16 * 16 + 16 * 16 + 16 + 16 + 16 * 16
+  assert dmp.parameters - dmp.trained == dit.parameters
+  text = (tmp_path / 'runs/dmp/seed_3/config.txt').read_text()
+  assert f"warm_start.workdir = '{runs}/dit/seed_3'" in text
+
+  # What is done is kept, and not mixed with what another config gives.
+  monkeypatch.setattr(train, 'train', None)
+  study(c)
+  assert (tmp_path / 'docs/report.md').read_text() == table
+  c.arms[0].experiment.optim.clip_norm = 2.0
+  with pytest.raises(ValueError, match="finished run of another config of 'd"):
+    study(c)
+  monkeypatch.setattr(main, '_CONFIG', types.SimpleNamespace(value=c))
+  with pytest.raises(config.ConfigError, match=r'verb study; .* as in :dit'):
+    main.main(['main', 'sample'])
+
+
+@pytest.fixture(scope='module')
+def recipe():
+  c = shrink(load('dit'))
+  return c, config.build(c)
+
+
+def compare(recipe, *names, **kwargs):
+  """Return a comparison of equal arms, and its config."""
+  c, exp = recipe
+  arms = tuple(Arm(name, exp, note=f'note of {name}') for name in names)
+  nodes = tuple(config.ConfigDict({'experiment': c}) for _ in names)
+  return Comparison(arms, {}, **kwargs), config.ConfigDict(
+    {'arms': nodes, 'measures': {}, 'measure_seed': 0}
+  )
+
+
+def test_failures_are_outcomes(recipe, tmp_path, monkeypatch, capsys):
+  study, c = compare(recipe, 'good', 'wild', 'broken')
+  called = []
+
+  def fake(exp, workdir, *, config):
+    name = pathlib.Path(workdir).parent.name
+    called.append((name, exp.seed, config.seed))
+    if name == 'wild':
+      raise train.NonFiniteError('10 steps in a row')
+    if name == 'broken':
+      raise TypeError('no such thing')
+
+  monkeypatch.setattr(train, 'train', fake)
+  monkeypatch.setattr(
+    Experiment,
+    'restore',
+    lambda self, *_: types.SimpleNamespace(step=2, params={}, ema={'0.99': {}}),
+  )
+  out = comparison.run(study, c, str(tmp_path), (0, 5))
+  assert [s for _, s, _ in called] == [s for *_, s in called] == [0, 5] * 3
+  states = {name: [o.state for o in found] for name, found in out.items()}
+  assert states == {
+    'good': ['done', 'done'],
+    'wild': ['diverged', 'diverged'],
+    'broken': ['failed', 'failed'],
+  }
+  assert out['wild'][0].message == '10 steps in a row'
+  assert 'TypeError: no such thing' in capsys.readouterr().err
+
+  # Only what failed is tried again.
+  called.clear()
+  again = comparison.run(study, c, str(tmp_path), (0, 5))
+  assert [name for name, *_ in called] == ['broken', 'broken']
+  assert (again['good'], again['wild']) == (out['good'], out['wild'])
+  # Or what is to be measured by something else.
+  called.clear()
+  c.measure_seed = 1
+  again = comparison.run(study, c, str(tmp_path), (0,))
+  assert [name for name, *_ in called] == ['good', 'broken']
+  assert again['good'][0].seconds > out['good'][0].seconds
+
+
+def test_interruption_leaves_no_outcome(recipe, tmp_path, monkeypatch):
+  study, c = compare(recipe, 'one')
+  monkeypatch.setattr(train, 'train', lambda *_, **__: {})
+  monkeypatch.setattr(
+    Experiment, 'restore', lambda self, *_: types.SimpleNamespace(step=1)
+  )
+  with pytest.raises(comparison.Interrupted, match='at step 1 of 2; run the s'):
+    comparison.run(study, c, str(tmp_path), (0,))
+  assert not list(tmp_path.rglob('outcome.json'))
+
+
+def write_run(folder, scale, steps=(0, 1, 2)):
+  folder.mkdir(parents=True)
+  rows = [{'step': 1, 'loss': 1.0}]
+  for step in steps:
+    low, high = scale / (1 + step), 2 * scale / (1 + step)
+    rows.append(
+      {'step': step, 'levels/loss8_0-499': low, 'levels/loss8_500-999': high}
+    )
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (folder / 'metrics.jsonl').write_text(text)
+
+
+def test_report(recipe, tmp_path):
+  study, _ = compare(
+    recipe, 'base', 'wild', 'late', 'broken', distance='d/f', title='All'
+  )
+  warm = dataclasses.replace(
+    recipe[1], warm_start=WarmStart('somewhere'), steps=2
+  )
+  late = Arm('late', warm, start='base')
+  arms = (*study.arms[:2], late, study.arms[3])
+  study = dataclasses.replace(study, arms=arms)
+  done = Outcome('done', 'x', 'y', 2, 1000, 10, 30.0)
+  outcomes = {arm.name: [] for arm in arms}
+  for seed, scale in ((0, 3.0), (1, 6.0)):
+    for name in ('base', 'late'):
+      write_run(tmp_path / f'{name}/seed_{seed}', scale)
+      measured = {'d/fd': 100 * scale, 'c/top1': 0.5}
+      outcomes[name].append(dataclasses.replace(done, measured=measured))
+    write_run(tmp_path / f'wild/seed_{seed}', scale, steps=(0, 1))
+  wild = dataclasses.replace(done, state='diverged', message='10 steps.')
+  broken = dataclasses.replace(done, state='failed', message='TypeError: no')
+  outcomes |= {'wild': [wild, wild], 'broken': [broken, broken]}
+  text = comparison_report.write(study, outcomes, str(tmp_path), (0, 1))
+  assert text == (tmp_path / 'study.md').read_text()
+  # Means of 1.5 x 3 / 3 and 1.5 x 6 / 3, and their deviation.
+  row = '| 2.250 ± 1.061 | 450 ± 212 | 2 done |'
+  assert f'| base | 1,000 | 10 | 2 {row}' in text
+  assert f'| late | 1,000 | 10 | 2 + 2 {row}' in text
+  assert '| wild | 1,000 | 10 | 2 | none | none | 2 diverged |' in text
+  assert '| broken | 1,000 | 10 | 2 | none | none | 2 failed |' in text
+  assert 'In all runs `c/top1` is 0.500.' in text
+  assert '4.0 minutes' in text
+  assert '- **wild**: note of wild' in text
+  assert '- broken, seed 1: failed. TypeError: no' in text
+  assert Image.open(tmp_path / 'study.png').width > 1000
+
+
+def test_arms_must_fit(recipe):
+  exp = recipe[1]
+  with pytest.raises(ValueError, match=r"arms\.1\.name: there is another 'a'"):
+    compare(recipe, 'a', 'a')
+  with pytest.raises(ValueError, match='arms: expected at least one'):
+    compare(recipe)
+  with pytest.raises(ValueError, match=r"Difficulty .* named 'bins'.*levels"):
+    compare(recipe, 'a', levels='bins')
+  warm = dataclasses.replace(exp, warm_start=WarmStart('there'))
+  with pytest.raises(ValueError, match=r"arms\.0\.start: .* \[\], found 'b'"):
+    Comparison((Arm('a', warm, start='b'), Arm('b', exp)), {})
+  with pytest.raises(ValueError, match=r"both or neither, found 'a' and None"):
+    Comparison((Arm('a', exp), Arm('b', exp, start='a')), {})
