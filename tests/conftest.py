@@ -1,15 +1,23 @@
 """Give every test eight CPU devices; set before anything imports JAX.
 
 The compiler is told not to optimise: nearly all of a test's time is compiling,
-and that halves it. Processes that tests start inherit it.
+and that halves it. What is compiled is kept until the tests end, for several
+start the same run more than once. Processes that tests start inherit all this.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _compiled = tempfile.mkdtemp(prefix='compiled-')
+  atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled
 
 import pytest
 from absl import flags

@@ -133,7 +133,10 @@ def test_compilation_cache(tmp_path):
   )
   before = {name: getattr(jax.config, name) for name in names}
   try:
+    jax.config.update('jax_compilation_cache_dir', None)
     runtime.compilation_cache(str(tmp_path / 'cache'))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cache')
+    runtime.compilation_cache(str(tmp_path / 'other'))  # a user has set one
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cache')
   finally:
     for name, value in before.items():

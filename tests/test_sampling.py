@@ -31,7 +31,15 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize('name', SAMPLERS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    'ddim',
+    'sde',
+    pytest.param('ddpm', marks=pytest.mark.slow),
+    pytest.param('ode', marks=pytest.mark.slow),
+  ],
+)
 def test_batches_and_devices_change_nothing(name):
   process, sampler = SAMPLERS[name]
   network = DiT(

@@ -27,6 +27,15 @@ RECIPES = {
 }
 
 
+# For checks that take long and depend on the objective the least.
+slow_but_for_the_first = pytest.mark.parametrize(
+  'recipe',
+  ['masked', pytest.param('denoise', marks=pytest.mark.slow)],
+  indirect=True,
+  scope='module',
+)
+
+
 @pytest.fixture(params=RECIPES, scope='module')
 def recipe(request):
   return str(RECIPES[request.param])
@@ -121,6 +130,7 @@ def test_a_run_survives_kill_9_bit_for_bit(recipe, tmp_path):
   assert steps == sorted(set(steps)), 'a resumed curve must not double'
 
 
+@slow_but_for_the_first
 def test_eight_devices_restore_onto_four_and_one(recipe, tmp_path):
   exp = experiment(recipe, **{'mesh.data': 2, 'mesh.fsdp': 4})
   state, _ = run_steps(exp, 3)
@@ -218,6 +228,7 @@ def finish(process):
   return printed
 
 
+@slow_but_for_the_first
 def test_sigterm_saves_and_leaves(recipe, tmp_path):
   process = start(recipe, tmp_path, '--config.steps=100000')
   log = tmp_path / 'metrics.jsonl'

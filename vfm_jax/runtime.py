@@ -74,7 +74,12 @@ def initialize(
 
 
 def compilation_cache(directory: str) -> None:
-  """Keep compiled programs in a directory, for the next start of a run."""
+  """Keep compiled programs in a directory, for the next start of a run.
+
+  One that JAX_COMPILATION_CACHE_DIR names, for many runs to share, stays.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', directory)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
