@@ -5,6 +5,7 @@ import json
 import pathlib
 import types
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +15,6 @@ from vfm_jax.comparison import Arm, Comparison, Outcome
 from vfm_jax.experiment import Experiment, WarmStart
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
-DISTANCE = 'digits/frechet_efficientnet_lite0_32_8_val8'
 
 
 def load(variant=''):
@@ -23,15 +23,16 @@ def load(variant=''):
 
 def shrink(c):
   """Make the run of an arm one of two steps of a tiny network."""
-  c.objective.denoiser.update(width=16, depth=2, heads=2)
+  c.objective.denoiser.update(width=16, depth=1, heads=2, scan=False)
   c.objective.sampling.sampler.steps = '2'
   c.evals.levels.update(count=8, batch_size=8)
-  c.evals.levels.intervals.count = 2
+  c.evals.levels.intervals.bounds = (0, 500, 1000)
   c.update(batch_size=8, steps=2, eval_every=1, log_every=1)
+  c.optim.lr.warmup_steps = 1
   return c
 
 
-def small_study(tmp_path):
+def small_study(tmp_path, whole):
   """Return the study with two of its arms, one going on from the other."""
   c = load()
   with c.unlocked():
@@ -45,53 +46,81 @@ def small_study(tmp_path):
     c.measures.classes.train.source.val_per_class = 496
     c.measures.classes.val.source.val_per_class = 1
     c.report = str(tmp_path / 'docs/report')
-  return c
+  study = config.build(c)
+  if not whole:
+    study = dataclasses.replace(study, measures={'digits': Norm()})
+  return c, study
 
 
-def test_study_from_start_to_end(tmp_path, monkeypatch, capsys, parsed_flags):
-  c = small_study(tmp_path)
+class Norm:
+  """Stand in for what draws pictures, whose programs take long to compile."""
+
+  def run(self, objective, params, *, seed, mesh=None):
+    norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(params))
+    return {'frechet_of_8': norm, 'seed': float(seed)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whole', [False, True])
+def test_study_from_start_to_end(whole, tmp_path, monkeypatch):
+  if not whole:
+    monkeypatch.setattr(train._Loop, '_draw', lambda *_: None)
+  c, small = small_study(tmp_path, whole)
   runs = str(tmp_path / 'runs')
 
-  def study(c):
-    monkeypatch.setattr(main, '_CONFIG', types.SimpleNamespace(value=c))
-    monkeypatch.setattr(main, '_WORKDIR', types.SimpleNamespace(value=runs))
-    monkeypatch.setattr(main, '_SEEDS', types.SimpleNamespace(value=['3']))
-    monkeypatch.setattr(main, '_keep_compiled', lambda workdir: None)
-    main.main(['main', 'study'])
+  def study():
+    outcomes = comparison.run(small, c, runs, (3,))
+    return comparison_report.write(small, outcomes, runs, (3,))
 
-  study(c)
-  table = (tmp_path / 'docs/report.md').read_text()
-  assert table in capsys.readouterr().out
+  table = study()
+  assert table == (tmp_path / 'docs/report.md').read_text()
   rows = [line.split(' | ') for line in table.splitlines() if ' done ' in line]
   assert [row[0] for row in rows] == ['| dit', '| dmp']
   assert [row[3] for row in rows] == ['2', '2 + 2']
   for row in rows:
     assert all(np.isfinite(float(x.replace(',', ''))) for x in row[4:-1])
-  assert f'`{DISTANCE}`' in table
-  assert 'In all runs `classes/classifier_top1`' in table
+  if whole:
+    assert '`digits/frechet_efficientnet_lite0_32_8_val8`' in table
+    assert 'In all runs `classes/classifier_top1`' in table
+  else:
+    assert '`digits/frechet_of_8`' in table
+    assert 'In all runs `digits/seed` is 0.000.' in table
   assert Image.open(tmp_path / 'docs/report.png').width > 1000
   dit, dmp = (
-    comparison.Outcome(
+    Outcome(
       **json.loads((tmp_path / f'runs/{a}/seed_3/outcome.json').read_text())
     )
     for a in ('dit', 'dmp')
   )
   assert dit.parameters == dit.trained
-  # 2 blocks of 16 prompts of 16, the gate with its depth, the noise.
-  assert dmp.trained == 2 * 16 * 16 + 16 * 16 + 16 + 16 + 16 * 16
+  # One block of 16 prompts of 16, the gate with its depth, the noise.
+  assert dmp.trained == 16 * 16 + 16 * 16 + 16 + 16 + 16 * 16
   assert dmp.parameters - dmp.trained == dit.parameters
   text = (tmp_path / 'runs/dmp/seed_3/config.txt').read_text()
   assert f"warm_start.workdir = '{runs}/dit/seed_3'" in text
 
   # What is done is kept, and not mixed with what another config gives.
   monkeypatch.setattr(train, 'train', None)
-  study(c)
-  assert (tmp_path / 'docs/report.md').read_text() == table
+  assert study() == table
   c.arms[0].experiment.optim.clip_norm = 2.0
   with pytest.raises(ValueError, match="finished run of another config of 'd"):
-    study(c)
+    study()
+
+
+def test_verbs(tmp_path, recipe, monkeypatch, capsys, parsed_flags):
+  small, c = compare(recipe, 'one')
   monkeypatch.setattr(main, '_CONFIG', types.SimpleNamespace(value=c))
-  with pytest.raises(config.ConfigError, match=r'verb study; .* as in :dit'):
+  monkeypatch.setattr(
+    main, '_WORKDIR', types.SimpleNamespace(value=str(tmp_path))
+  )
+  monkeypatch.setattr(main, '_SEEDS', types.SimpleNamespace(value=['0', '4']))
+  monkeypatch.setattr(main, '_keep_compiled', lambda workdir: None)
+  monkeypatch.setattr(config, 'build', lambda c: small)
+  monkeypatch.setattr(comparison, 'run', lambda *args: args)
+  monkeypatch.setattr(comparison_report, 'write', lambda *args: args[2:])
+  main.main(['main', 'study'])
+  assert capsys.readouterr().out == f"('{tmp_path}', [0, 4])\n"
+  with pytest.raises(config.ConfigError, match=r'verb study; .* as in :one'):
     main.main(['main', 'sample'])
 
 
@@ -225,3 +254,27 @@ def test_arms_must_fit(recipe):
     Comparison((Arm('a', warm, start='b'), Arm('b', exp)), {})
   with pytest.raises(ValueError, match=r"both or neither, found 'a' and None"):
     Comparison((Arm('a', exp), Arm('b', exp, start='a')), {})
+
+
+def test_every_arm_of_the_digits_is_built():
+  study = config.build(load())
+  methods = config.load(f'{CONFIGS}/methods_digits.py:dit')
+  assert config.to_text(load('dit')) == config.to_text(methods)
+  arms = {arm.name: arm for arm in study.arms}
+  assert len(arms) == 11
+  batches = {arm.experiment.batch_size for arm in study.arms}
+  steps = {
+    study.steps_before(arm) + arm.experiment.total_steps for arm in study.arms
+  }
+  longer = arms['dmp'].experiment.total_steps
+  first = arms['dit'].experiment.total_steps
+  assert (len(batches), steps) == (1, {first, first + longer})
+  assert arms['ft'].experiment.total_steps == longer
+  frozen = {row.frozen for row in arms['dmp'].experiment.optimizer[1]}
+  assert frozen == {True, False}
+
+
+def test_measures_and_arms_are_changed_apart():
+  c = load()
+  c.measures.classes.train.source.val_per_class = 400
+  assert {a.experiment.data.train.source.val_per_class for a in c.arms} == {50}

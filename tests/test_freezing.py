@@ -15,6 +15,8 @@ from vfm_jax.models import prompts
 from vfm_jax.objectives.balance import Balance
 from vfm_jax.optim import Group
 
+pytestmark = pytest.mark.slow
+
 RECIPE = pathlib.Path(__file__).parent / 'recipes' / 'tiny_denoise.py'
 GROUPS = (
   ref(Group, pattern='token_hook/prompt_tokens'),

@@ -1,5 +1,6 @@
 """Check every recipe: its recorded text, its description, two steps of it."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -7,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from vfm_jax import config, sharding, verbs
+from vfm_jax import config, sharding, trees, verbs
 from vfm_jax.data import latents
 from vfm_jax.data.latent_pipeline import LatentPipeline
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.data.synthetic import MovingShapes
+from vfm_jax.nn.mixer import Mixing
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests/golden/configs'
@@ -29,6 +31,43 @@ VARIANTS = {
   'dit_l2': ('', 'gpu1'),
   'dit_xl2': ('', '7m-gpu8', 'gpu1'),
   'sit_xl2': ('', '7m-gpu8', 'gpu1'),
+  'meme_ffhq': ('', 'same'),
+  'dmp_ffhq': ('', 'pt', 'ft'),
+  'methods_digits': (
+    'dit',
+    'dtr',
+    'switch',
+    'ant_uw',
+    'ant_pcgrad',
+    'ant_nash',
+    'dmp',
+    'ft',
+    'curriculum',
+    'anti_curriculum',
+    'meme',
+  ),
+  # Sets those side by side.
+  'study_digits': (),
+  'dtr_l2': ('', 'random', 'min_snr', 'uw', 'uw-gpu1'),
+  'switch_dit': (
+    '',
+    'b2',
+    'l2-gpu1',
+    'xl2',
+    'uw',
+    's2-ffhq',
+    'b2-uw-ffhq-gpu8',
+  ),
+  'ant_l2': ('', 'nash-snr-gpu1'),
+  'ant_s2': ('', 'pcgrad', 'nash', 'snr'),
+  'curriculum_dit': ('', 'anti', 'none', 'flow', 'anti-flow-gpu8'),
+  'combinations': (
+    'dtr_uw',
+    'switch_curriculum',
+    'dmp_switch',
+    'pcgrad_dtr_flow',
+    'ant_video',
+  ),
 }
 SPECS = [
   f'{name}:{v}' if v else name for name, vs in VARIANTS.items() for v in vs
@@ -81,7 +120,14 @@ def smoke(c):
 
 
 @pytest.mark.parametrize(
-  'name', [n for n in VARIANTS if n.startswith(('videomae', 'twlv'))]
+  'name',
+  [
+    'videomae_l',
+    pytest.param('twlv_l', marks=pytest.mark.slow),
+    pytest.param('videomae_b', marks=pytest.mark.slow),
+    pytest.param('videomaev2_g', marks=pytest.mark.slow),
+    pytest.param('twlv_b', marks=pytest.mark.slow),
+  ],
 )
 def test_describe_and_two_smoke_steps(name):
   # On a laptop without the videos.
@@ -93,7 +139,9 @@ def test_describe_and_two_smoke_steps(name):
   check_two_steps(config.build(smoke(load(name))))
 
 
-@pytest.mark.parametrize('variant', ['', 'flow'])
+@pytest.mark.parametrize(
+  'variant', ['', pytest.param('flow', marks=pytest.mark.slow)]
+)
 def test_diffusion_quickstart_in_small(variant):
   c = load(f'quickstart_diffusion:{variant}')
   assert verbs.describe(config.build(c), 8).data['devices'] == 8
@@ -102,9 +150,8 @@ def test_diffusion_quickstart_in_small(variant):
   check_two_steps(config.build(c))
 
 
-@pytest.mark.parametrize(
-  'variant', ['', pytest.param('joint', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['', 'joint'])
 def test_video_quickstart_in_small(variant):
   c = load(f'video_dit_quickstart:{variant}')
   assert verbs.describe(config.build(c), 8).data['devices'] == 8
@@ -128,7 +175,7 @@ def latent_set(tmp_path_factory):
   )
   rng = np.random.default_rng(0)
   with latents.LatentWriter(root, about) as writer:
-    for i in range(16):
+    for i in range(40):
       moments = rng.random(about.record_shape, np.float32)
       writer.write(f'{i}', {'label': i % 3}, moments)
     writer.finish()
@@ -140,11 +187,11 @@ def latent_set(tmp_path_factory):
 @pytest.mark.parametrize(
   ('spec', 'params', 'flops'),
   [
-    pytest.param('dit_s2', 32.9, 0.0363, marks=pytest.mark.slow),
+    ('dit_s2', 32.9, 0.0363),
     pytest.param('dit_s2:min_snr', 32.9, 0.0363, marks=pytest.mark.slow),
     pytest.param('dit_b2', 130.3, 0.138, marks=pytest.mark.slow),
     pytest.param('dit_l2', 457.8, 0.484, marks=pytest.mark.slow),
-    ('dit_xl2', 674.8, 0.712),
+    pytest.param('dit_xl2', 674.8, 0.712, marks=pytest.mark.slow),
     pytest.param('sit_xl2', 674.8, 0.712, marks=pytest.mark.slow),
   ],
 )
@@ -163,6 +210,140 @@ def test_latent_recipes(spec, params, flops, latent_set):
   c.update(batch_size=8, accum=2, steps=2)
   c.mesh.fsdp = 4
   check_two_steps(config.build(c))
+
+
+# Trainable parameters: 12 layers of 256 prompts of 768, the gate, its noise.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('variant', 'trainable'),
+  [
+    ('', 12 * 256 * 768 + 769 * 256 + 256 + 768 * 256),
+    ('pt', 12 * 256 * 768),
+    ('ft', None),
+  ],
+)
+def test_prompts_recipe(variant, trainable, latent_set):
+  c = load(f'dmp_ffhq:{variant}')
+  described = verbs.describe(config.build(c), 8).data
+  assert described['num_trainable'] == (trainable or described['num_params'])
+
+  c.objective.denoiser.update(width=32, depth=2, heads=2, input_size=8)
+  if variant != 'ft':
+    c.objective.denoiser.hooks.count = 16
+  c.data.train.source.root = latent_set
+  c.data.train.update(shape=(8, 8, 4), labels=('label',))
+  c.data.workers = 0
+  c.update(batch_size=8, accum=2, steps=2)
+  check_two_steps(dataclasses.replace(config.build(c), warm_start=None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['', 'same'])
+def test_experts_recipe(variant):
+  c = load(f'meme_ffhq:{variant}')
+  described = verbs.describe(config.build(c), 8).data
+  # In millions: LDM-S is 89.5; MEME's experts 82.9, ours more.
+  want = 349.3 if not variant else 358.2
+  assert described['num_params'] / 1e6 == pytest.approx(want, abs=0.2)
+  assert described['devices'] == 8
+
+
+@pytest.mark.slow
+def test_experts_recipe_in_small(latent_set):
+  c = load('meme_ffhq')
+  # One stage, with a mixer between the two ways.
+  small = dict(width=8, multipliers=(1,), blocks=1, spatial=(), groups=4)
+  for expert in c.objective.experts:
+    expert.denoiser.update(**small, channels=4)
+    expert.denoiser.unlock()
+    expert.denoiser.mixing = config.ref(
+      Mixing, shares=(0.5,), pools=(2,), head_dim=4
+    )
+  c.data.train.source.root = latent_set
+  c.data.train.update(shape=(8, 8, 4), labels=('label',))
+  c.data.workers = 0
+  c.update(batch_size=8, steps=2)
+  check_two_steps(config.build(c))
+
+
+# As above. Routing is free; a block's experts are 3 matrices and a gate. The
+# weights of tasks are a number each.
+MULTITASK = [
+  ('dtr_l2', 457.8),
+  ('dtr_l2:random', 457.8),
+  ('dtr_l2:uw', 457.8),
+  ('switch_dit', 32.9 + 5.34),
+  ('switch_dit:b2-uw', 130.3 + 21.3),
+  ('switch_dit:xl2', 674.8 + 111.7),
+  ('switch_dit:s2-ffhq', 32.57 + 5.34),
+  ('ant_l2', 457.8),
+  ('ant_s2:pcgrad', 32.9),
+  ('ant_s2:nash-snr', 32.9),
+  ('curriculum_dit', 130.3),
+  ('curriculum_dit:anti-flow', 130.3),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('spec', 'params'), MULTITASK, ids=[spec for spec, _ in MULTITASK]
+)
+def test_multitask_recipes(spec, params, latent_set):
+  c = load(spec)
+  # The batch of `ant_s2` divides by 2, the parameters of XL are cut by 8.
+  described = verbs.describe(config.build(c), 8 if 'xl2' in spec else 2).data
+  assert described['num_params'] / 1e6 == pytest.approx(params, abs=0.1)
+
+  c.objective.denoiser.update(width=32, depth=2, heads=2, input_size=8)
+  c.data.train.source.root = latent_set
+  c.data.train.update(shape=(8, 8, 4), labels=('label',))
+  c.data.workers = 0
+  # Each task has examples.
+  c.update(batch_size=40, steps=2)
+  check_two_steps(config.build(c))
+
+
+@pytest.mark.parametrize(
+  'variant',
+  [
+    'dtr_uw',
+    pytest.param('switch_curriculum', marks=pytest.mark.slow),
+    pytest.param('dmp_switch', marks=pytest.mark.slow),
+    pytest.param('pcgrad_dtr_flow', marks=pytest.mark.slow),
+    pytest.param('ant_video', marks=pytest.mark.slow),
+  ],
+)
+def test_combinations_in_small(variant):
+  c = load(f'combinations:{variant}')
+  config.build(c)
+  c.objective.denoiser.update(width=16, depth=1, heads=2)
+  if variant == 'ant_video':
+    c.data.train.source.windows = 2
+  c.update(batch_size=8)
+  check_two_steps(dataclasses.replace(config.build(c), warm_start=None))
+
+
+@pytest.mark.slow
+def test_prompts_patch_what_the_combination_before_saved(tmp_path):
+  base, patch = (
+    load(f'combinations:{name}') for name in ('switch_curriculum', 'dmp_switch')
+  )
+  for c in (base, patch):
+    c.objective.denoiser.update(width=16, depth=2, heads=2)
+  base = config.build(base)
+  first = base.first_state(base.shardings(sharding.make_mesh(base.mesh)))
+  with base.checkpointer(str(tmp_path)) as saved:
+    saved.save(0, first, force=True)
+  patch.warm_start.workdir = str(tmp_path)
+  patch = config.build(patch)
+  state = patch.first_state(patch.shardings(sharding.make_mesh(patch.mesh)))
+  old, new = (
+    dict(trees.path_leaves(x)) for x in (first.ema['0.995'], state.params)
+  )
+  for path, x in old.items():
+    np.testing.assert_array_equal(x, new[path])
+  rows = {r.path for r in patch.optimizer[1] if not r.frozen}
+  assert rows == new.keys() - old.keys()
 
 
 def test_variants_of_latent_recipes():

@@ -35,7 +35,7 @@ SAMPLERS = {
   'name',
   [
     'ddim',
-    'sde',
+    pytest.param('sde', marks=pytest.mark.slow),
     pytest.param('ddpm', marks=pytest.mark.slow),
     pytest.param('ode', marks=pytest.mark.slow),
   ],

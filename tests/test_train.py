@@ -27,7 +27,7 @@ RECIPES = {
 }
 
 
-# For checks that take long and depend on the objective the least.
+# What the loop promises is checked for the others behind the marker `slow`.
 slow_but_for_the_first = pytest.mark.parametrize(
   'recipe',
   ['masked', pytest.param('denoise', marks=pytest.mark.slow)],
@@ -81,6 +81,7 @@ def one_device(recipe):
   return run_steps(experiment(recipe), 5, devices=jax.devices()[:1])
 
 
+@slow_but_for_the_first
 @pytest.mark.parametrize(
   'mesh',
   [{'data': 8}, {'data': 2, 'fsdp': 4}, {'data': 1, 'fsdp': 4, 'tensor': 2}],
@@ -98,6 +99,7 @@ def test_sharded_runs_equal_one_device(recipe, one_device, mesh):
     assert kernel.addressable_shards[0].data.size < kernel.size
 
 
+@slow_but_for_the_first
 def test_accumulation_changes_nothing(recipe, one_device):
   exp = experiment(recipe, accum=4)
   state, losses = run_steps(exp, 5, devices=jax.devices()[:1])
@@ -105,6 +107,7 @@ def test_accumulation_changes_nothing(recipe, one_device):
   assert_close(state.params, one_device[0].params, 1e-6)
 
 
+@slow_but_for_the_first
 def test_a_run_survives_kill_9_bit_for_bit(recipe, tmp_path):
   """30 steps equal 30 steps that were killed after the checkpoint at 15."""
   killed, straight = tmp_path / 'killed', tmp_path / 'straight'
@@ -192,6 +195,7 @@ def broken_from(step, exp, value):
   return dataclasses.replace(exp, data=data)
 
 
+@slow_but_for_the_first
 def test_non_finite_steps_stop_the_run_and_name_parameters(recipe, tmp_path):
   exp = experiment(recipe, steps=40, log_every=2, max_skipped=3)
   exp = broken_from(8, exp, np.nan)

@@ -6,7 +6,7 @@ import pathlib
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -167,12 +167,13 @@ def run(
     dict(measures=config.measures, seed=config.measure_seed)
   )
   measures = config_lib.fingerprint(how)
+  nodes: Any = config.arms
   return {
     arm.name: [
       _run(comparison, arm, node.experiment, measures, workdir, seed)
       for seed in seeds
     ]
-    for arm, node in zip(comparison.arms, config.arms, strict=True)
+    for arm, node in zip(comparison.arms, nodes, strict=True)
   }
 
 
@@ -195,7 +196,8 @@ def _run(comparison, arm, node, measures, workdir, seed) -> Outcome:
         return known
   exp, one = _seeded(comparison, arm, node, workdir, seed)
   print(f'--- {arm.name}, seed {seed} ---', flush=True)
-  started, state, message = time.monotonic(), 'done', ''
+  state: State = 'done'
+  started, message = time.monotonic(), ''
   sizes, measured = (0, 0), {}
   try:
     sizes = _sizes(exp)

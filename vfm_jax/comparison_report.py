@@ -108,10 +108,12 @@ def table(
   minutes = sum(o.seconds for r in results for o in r.outcomes) / 60
   same = ''.join(f' In all runs `{n}` is {v:.3f}.' for n, v in common.items())
   spread = (
-    'Mean ± sample standard deviation over' if len(seeds) > 1 else 'One value:'
+    'Mean ± sample standard deviation over the seeds'
+    if len(seeds) > 1
+    else 'One value, of the seed'
   )
   parts.append(
-    f'{spread} the seeds {", ".join(map(str, seeds))}; the runs took '
+    f'{spread} {", ".join(map(str, seeds))}; the runs took '
     f'{minutes:.1f} minutes together, interruptions left out.{same}'
   )
   parts.append(

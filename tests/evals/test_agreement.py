@@ -52,6 +52,7 @@ class Copies:
     return jnp.broadcast_to(images[:, None, ..., None], (len(y), 1, 28, 28, 3))
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_class_that_is_shown_and_with_no_other():
   params = {'digits': jnp.asarray(digits())}
   right = EVALUATOR.run(Copies(0), params, seed=0)

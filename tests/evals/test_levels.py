@@ -20,6 +20,8 @@ class Constant(nn.Module):
   label_dropout: float = 0.0
   channels: int = 1
   out_channels: int = 1
+  num_classes: int = 0
+  null_label: int | None = None
 
   @nn.compact
   def __call__(self, x, t, y=None, *, drop=None, tau=None, keys=None):

@@ -41,6 +41,7 @@ def test_writes_samples_for_eyes_and_evaluators(run):
     assert picture.n_frames == 4  # clips move
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_number_and_label_alone(run):
   exp, workdir = run
   mesh = sharding.make_mesh(exp.mesh)

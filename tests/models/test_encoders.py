@@ -87,6 +87,7 @@ def test_heads_pooling_and_taps():
   )
 
 
+@pytest.mark.slow
 def test_other_sizes_and_images():
   model = VideoViT(**SMALL)
   params = model.init(jax.random.key(1), VIDEO)
@@ -104,6 +105,7 @@ def test_other_sizes_and_images():
   assert np.abs(flat.apply(params, image) - got).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_learned_positions():
   model = VideoViT(**SMALL, positions='learned')
   params = model.init(jax.random.key(1), VIDEO)

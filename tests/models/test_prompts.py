@@ -119,6 +119,7 @@ def test_gates():
   assert np.abs(out - run(BASE, params)[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_added_prompts_see_the_label_and_prepended_ones_do_not():
   other = (Y + 1) % 5
   for model, sees in ((ADD, True), (PREPEND, False)):

@@ -105,6 +105,7 @@ def test_loss_is_the_mean_over_hidden_tokens(params):
   np.testing.assert_allclose(floats.sums, out.sums, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up(params):
   obj = objective(
     dict(drop_path=0.5), decoder_mask=partial(masking.running_cell, ratio=0.5)
