@@ -78,7 +78,8 @@ def compilation_cache(directory: str) -> None:
 
   One that JAX_COMPILATION_CACHE_DIR names, for many runs to share, stays.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  options: Any = jax.config  # its annotations know no options
+  if options.jax_compilation_cache_dir is not None:
     return
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
   jax.config.update('jax_compilation_cache_dir', directory)
