@@ -6,7 +6,7 @@ import pytest
 from vfm_jax.ops import routing
 
 # Width, D - width, starts at some levels, and the sum over all of them.
-SHEETS = {
+WINDOWS = {
   384: (307, 77, {0: 0, 250: 0, 500: 5, 750: 24, 900: 51, 999: 77}, 15401),
   768: (614, 154, {0: 0, 250: 1, 500: 10, 750: 49, 900: 101, 999: 154}, 30833),
   1024: (819, 205, {500: 13}, 41041),
@@ -14,9 +14,9 @@ SHEETS = {
 }
 
 
-@pytest.mark.parametrize('channels', SHEETS)
+@pytest.mark.parametrize('channels', WINDOWS)
 def test_windows_of_the_released_sizes(channels):
-  width, rest, at, total = SHEETS[channels]
+  width, rest, at, total = WINDOWS[channels]
   assert routing.width_of(channels, 0.8) == width
   starts = routing.starts(channels, width)
   assert channels - width == rest == starts[-1]
