@@ -42,6 +42,19 @@ def our_model() -> Any:
   return DiT(size='S', patch=PATCH, input_size=SIZE, num_classes=CLASSES)
 
 
+def our_batch() -> dict[str, Any]:
+  """Return what this library trains on."""
+  import numpy as np
+
+  rng = np.random.default_rng(0)
+  shape = (BATCH, SIZE, SIZE, CHANNELS)
+  return {
+    'image': rng.standard_normal(shape, np.float32),
+    'labels': {'label': np.arange(BATCH, dtype=np.int32)},
+    'row': np.arange(BATCH, dtype=np.int32),
+  }
+
+
 def their_model() -> Any:
   """Return the model of diffusers, with the same parameters."""
   import diffusers
@@ -68,18 +81,9 @@ def their_model() -> Any:
 
 def serve_vfm_jax() -> None:
   """Be the contestant of this library."""
-  import numpy as np
-
   from vfm_jax.objectives.denoise import Denoise
 
-  rng = np.random.default_rng(0)
-  shape = (BATCH, SIZE, SIZE, CHANNELS)
-  batch = {
-    'image': rng.standard_normal(shape, np.float32),
-    'labels': {'label': np.arange(BATCH, dtype=np.int32)},
-    'row': np.arange(BATCH, dtype=np.int32),
-  }
-  contestants.serve_train_step(Denoise(our_model()), batch, WORK)
+  contestants.serve_train_step(Denoise(our_model()), our_batch(), WORK)
 
 
 def serve_torch(compiled: bool) -> None:

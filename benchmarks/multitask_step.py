@@ -56,8 +56,6 @@ def run(rounds: int) -> results.Comparison:
 
 def serve(name: str) -> None:
   """Be a contestant."""
-  import numpy as np
-
   from vfm_jax import multitask
   from vfm_jax.models import prompts, switch
   from vfm_jax.models.routing import Routing
@@ -94,15 +92,13 @@ def serve(name: str) -> None:
     tasks=intervals,
     auxiliary=auxiliary,
   )
-  rng = np.random.default_rng(0)
-  shape = (dit_step.BATCH, dit_step.SIZE, dit_step.SIZE, dit_step.CHANNELS)
-  batch = {
-    'image': rng.standard_normal(shape, np.float32),
-    'labels': {'label': np.arange(dit_step.BATCH, dtype=np.int32)},
-    'row': np.arange(dit_step.BATCH, dtype=np.int32),
-  }
   contestants.serve_train_step(
-    objective, batch, WORK, groups=groups, combine=combine, same_size=False
+    objective,
+    dit_step.our_batch(),
+    WORK,
+    groups=groups,
+    combine=combine,
+    same_size=False,
   )
 
 

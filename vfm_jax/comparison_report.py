@@ -9,11 +9,11 @@ from typing import NamedTuple, get_args
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vfm_jax.comparison import Arm, Comparison, Outcome, State, folder_of
 from vfm_jax.evals.difficulty import Curves, read_curves
+from vfm_jax.plots import save_figure
 
 
 class Result(NamedTuple):
@@ -158,8 +158,7 @@ def figure(
       fontsize=9,
     )
   canvas.tight_layout(rect=(0, 0.1, 1, 1))
-  FigureCanvasAgg(canvas).print_png(os.fspath(out))
-  return pathlib.Path(out)
+  return save_figure(canvas, out)
 
 
 def _curves(comparison, arm, workdir, seeds) -> list[Curves]:

@@ -96,7 +96,7 @@ def plot_curves(
   if title:
     figure.suptitle(title, color=_INK, fontsize=11, x=0.01, ha='left')
   figure.tight_layout()
-  return _save(figure, out)
+  return save_figure(figure, out)
 
 
 def clip_grid(
@@ -308,7 +308,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
   return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _save(figure: Figure, out: str | os.PathLike) -> pathlib.Path:
+def save_figure(figure: Figure, out: str | os.PathLike) -> pathlib.Path:
+  """Write a figure as a PNG; return its path."""
   FigureCanvasAgg(figure).print_png(os.fspath(out))
   return pathlib.Path(out)
 

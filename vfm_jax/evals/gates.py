@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vfm_jax.evals.base import Held, to_host
@@ -22,6 +21,7 @@ from vfm_jax.models import routing, switch
 from vfm_jax.nn.transformer import stack_sown
 from vfm_jax.objectives.base import PyTree
 from vfm_jax.ops.process import NOISE_LEVELS
+from vfm_jax.plots import save_figure
 
 # Distance of the levels whose affinity is reported.
 _LAG = 100
@@ -187,5 +187,4 @@ def draw(
   figure.tight_layout()
   path = pathlib.Path(out)
   path.parent.mkdir(parents=True, exist_ok=True)
-  FigureCanvasAgg(figure).print_png(os.fspath(path))
-  return path
+  return save_figure(figure, path)

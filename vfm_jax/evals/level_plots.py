@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from vfm_jax.plots import save_figure
 
 
 def affinity_map(
@@ -28,7 +29,8 @@ def affinity_map(
   axis.set_ylabel('noise level', fontsize=9)
   axis.set_title('cosine of gradients', fontsize=10, loc='left')
   figure.colorbar(shown, ax=axis, fraction=0.046)
-  return _save(figure, out)
+  figure.tight_layout()
+  return save_figure(figure, out)
 
 
 def interval_curves(
@@ -58,10 +60,5 @@ def interval_curves(
   axis.set_ylabel('loss / first loss', fontsize=9)
   axis.set_title('loss by noise level', fontsize=10, loc='left')
   axis.legend(frameon=False, fontsize=8)
-  return _save(figure, out)
-
-
-def _save(figure: Figure, out: str | os.PathLike) -> pathlib.Path:
   figure.tight_layout()
-  FigureCanvasAgg(figure).print_png(os.fspath(out))
-  return pathlib.Path(out)
+  return save_figure(figure, out)
