@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vfm_jax.ops import resize
 from vfm_jax.ops.attention import attention
 
 
@@ -188,7 +189,7 @@ class _Decoder(nn.Module):
       for j in range(self.layers):
         h = _Residual(width, self.groups, self.dtype, name=f'up_{i}_{j}')(h)
       if i < len(self.widths) - 1:
-        h = conv(width, f'grow_{i}')(_twice(h))
+        h = conv(width, f'grow_{i}')(resize.repeat(h, 2))
     h = nn.silu(_norm(self.groups, self.dtype, name='norm_out')(h))
     return conv(self.out, 'conv_out')(h)
 
@@ -267,8 +268,3 @@ def _norm(groups: int, dtype: str, *, name: str) -> nn.GroupNorm:
   return nn.GroupNorm(
     groups, epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name
   )
-
-
-def _twice(x: jax.Array) -> jax.Array:
-  """Repeat each row and each column."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -16,6 +16,7 @@ from vfm_jax.models import labels
 from vfm_jax.nn import adaln, layers
 from vfm_jax.nn.mixer import MixerBlock, Mixing
 from vfm_jax.nn.transformer import QKV
+from vfm_jax.ops import resize
 from vfm_jax.ops.attention import attention
 
 # U(+-1/sqrt(fan_in)), as torch starts its layers.
@@ -122,7 +123,7 @@ class UNet(nn.Module):
         h = jnp.concatenate([h, skips.pop()], axis=-1)
         h = self._block(h, c, stage, f'up_{stage}_{i}')
       if stage:
-        h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
+        h = resize.repeat(h, 2)
         h = self._conv(h.shape[-1], f'grow_{stage}')(h)
     h = nn.silu(_norm(self.groups, self.dtype, 'norm_out')(h))
     h = self._conv(self.out_channels, 'conv_out', zero=True)(h)

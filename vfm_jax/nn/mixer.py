@@ -18,6 +18,7 @@ from flax import linen as nn
 from vfm_jax.nn import layers
 from vfm_jax.nn.conv import depthwise
 from vfm_jax.nn.transformer import QKV
+from vfm_jax.ops import resize
 from vfm_jax.ops.attention import attention
 
 # Share of convolved channels by expert, the cleanest first, and by stage, the
@@ -192,7 +193,7 @@ class Mixer(nn.Module):
       c // self.head_dim, True, self.dtype, self.kernel_init, name='qkv'
     )(h.reshape(b, -1, c))
     h = attention(q, k, v, impl=self.impl).reshape(h.shape)
-    return jnp.repeat(jnp.repeat(h, s, axis=1), s, axis=2)
+    return resize.repeat(h, s)
 
   def _dense(self, width, name, *, use_bias=True):
     return layers.Dense(

@@ -1,8 +1,9 @@
-"""Resize images as published feature networks expect it."""
+"""Resize images and maps as published networks expect it."""
 
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Grid = Literal['corner', 'center']
@@ -25,6 +26,11 @@ def bilinear(x: jax.Array, size: int, grid: Grid = 'center') -> jax.Array:
   return jax.numpy.einsum(
     'ih,bhwc,jw->bijc', rows, x, columns, precision=jax.lax.Precision.HIGHEST
   )
+
+
+def repeat(x: jax.Array, factor: int) -> jax.Array:
+  """Repeat rows and columns: [B, H, W, C] to [B, factor H, factor W, C]."""
+  return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
 
 
 def _weights(old: int, new: int, grid: Grid) -> np.ndarray:
