@@ -2,8 +2,8 @@
 
     python -m benchmarks [masked_step dit_step ...] [--rounds 9]
 
-`masked_step`, `dit_step` and `dit_sampling` need the extra `parity` (torch,
-transformers, diffusers) and, for torch.compile, a C++ compiler.
+`masked_step`, `dit_step`, `dit_sampling` and `knn` need the extra `parity`
+(torch, transformers, diffusers) and, for torch.compile, a C++ compiler.
 """
 
 import argparse
@@ -18,6 +18,7 @@ NAMES = (
   'dit_step',
   'dit_sampling',
   'multitask_step',
+  'knn',
   'loop_overhead',
   'decoding',
 )

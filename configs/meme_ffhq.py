@@ -65,7 +65,7 @@ def get_config(arg=None):
       Data,
       train=ref(
         LatentPipeline,
-        source=ref(Latents, root='data/ffhq256_latents/train'),
+        source=ref(Latents, root='data/ffhq256_latents_f4/train'),
         shape=(64, 64, 3),
         labels=(),
       ),

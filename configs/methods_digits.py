@@ -19,7 +19,7 @@ from vfm_jax.objectives import balance, experts, prior
 from vfm_jax.ops import clustering, curriculum, noise, strata
 from vfm_jax.optim import Group
 
-STEPS, MORE, LR, DIT = 360, 120, 1.5e-3, 'runs/study_digits/dit/seed_0'
+STEPS, MORE, LR, DIT = 1000, 250, 2e-3, 'runs/study_digits/dit/seed_0'
 
 
 def _hooks(c, hooks, auxiliary=None):
@@ -55,7 +55,7 @@ def _meme(c):
 
 
 def _ft(c):
-  c.update(steps=MORE, eval_every=MORE // 3, ema=(), eval_ema=None)
+  c.update(steps=MORE, eval_every=MORE // 5, ema=(), eval_ema=None)
   c.optim.lr.update(peak=LR / 3, warmup_steps=20)
   c.warm_start = ref(WarmStart, workdir=DIT, item='ema/0.99')
 
@@ -88,11 +88,11 @@ def get_config(arg=None):
   """Return the recipe of a method."""
   c = load(str(pathlib.Path(__file__).with_name('quickstart_diffusion.py')))
   with c.unlocked():
-    c.objective.denoiser.update(width=96, depth=3, heads=3, scan=True)
-    c.objective.sampling.update(scale=1.5, sampler=dict(steps='10'))
+    c.objective.denoiser.update(width=128, depth=4, heads=4, scan=True)
+    c.objective.sampling.sampler.steps = '10'
     levels = ref(Difficulty, data=c.data.val, count=100, batch_size=100)
     c.evals = ConfigDict({'levels': levels})
-    c.update(batch_size=40, steps=STEPS, eval_every=STEPS // 4, log_every=25)
+    c.update(batch_size=40, steps=STEPS, eval_every=STEPS // 5, log_every=25)
     c.update(ema=(0.99,), eval_ema=0.99)
     c.optim.lr.update(peak=LR, warmup_steps=50)
     variant(arg, METHODS)(c)

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vfm_jax import comparison, comparison_report, config, main, train
+from vfm_jax import (
+  comparison,
+  comparison_report,
+  comparison_transfer,
+  config,
+  main,
+  train,
+)
 from vfm_jax.comparison import Arm, Comparison, Outcome
 from vfm_jax.experiment import Experiment, WarmStart
+from vfm_jax.ops.intervals import Intervals
+from vfm_jax.ops.strata import SoftInterval
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -239,6 +248,71 @@ def test_report(recipe, tmp_path):
   assert '- **wild**: note of wild' in text
   assert '- broken, seed 1: failed. TypeError: no' in text
   assert Image.open(tmp_path / 'study.png').width > 1000
+
+
+def test_gap_of_clusters(recipe, tmp_path):
+  clusters = Intervals((0, 500, 1000))
+
+  def learns(times):
+    exp = recipe[1]
+    objective = dataclasses.replace(exp.objective, times=times)
+    return dataclasses.replace(exp, objective=objective)
+
+  only = [SoftInterval(i, clusters) for i in range(2)]
+  assert comparison_transfer.cluster_of(learns(only[1])) == (500, 1000)
+  for times in (None, dataclasses.replace(only[0], own=0.9)):
+    assert comparison_transfer.cluster_of(learns(times)) is None
+  arms = (
+    Arm('all', recipe[1]),
+    Arm('clean', learns(only[0])),
+    Arm('noisy', learns(only[1])),
+  )
+  study = Comparison(arms, {})
+  # Of the second seed only two of the runs are done.
+  for seed, scales in ((0, (3.0, 6.0, 1.5)), (1, (3.0, 3.0, 3.0))):
+    for arm, scale in zip(arms, scales, strict=True):
+      late = (seed, arm.name) == (1, 'noisy')
+      steps = (0, 1) if late else (0, 1, 2)
+      write_run(tmp_path / f'{arm.name}/seed_{seed}', scale, steps)
+  done = Outcome('done', 'x', 'y', 2, 1000, 10, 30.0)
+  outcomes = {arm.name: [done, done] for arm in arms}
+  text = comparison_report.write(study, outcomes, str(tmp_path), (0, 1))
+  # Losses are scale / 3 in the clean half and twice as much in the other.
+  assert '| 0-499 | 1.500 ± 0.707 | 1.000 ± 0.000 | 0.500 ± 0.707 |' in text
+  assert '| 500-999 | 1.000 | 2.000 | -1.000 |' in text
+  assert 'study_gap.png' in text
+  assert Image.open(tmp_path / 'study_gap.png').width > 300
+  other = SoftInterval(0, Intervals((0, 300, 1000)))
+  study = Comparison((arms[0], Arm('clean', learns(other))), {})
+  with pytest.raises(ValueError, match=r"arm 'clean', objective\.times: .*300"):
+    comparison_report.write(study, outcomes, str(tmp_path), (0, 1))
+
+
+def test_planes_of_arms_that_do_not_denoise(recipe, tmp_path):
+  embeds = dataclasses.replace(recipe[1], evals={})
+  study = Comparison(
+    (Arm('one', embeds), Arm('other', embeds), Arm('broken', embeds)),
+    {},
+    levels=None,
+    planes={'kNN': ('knn/look', 'knn/move'), 'linear': ('look', 'move')},
+  )
+  done = Outcome('done', 'x', 'y', 2, 1000, 10, 30.0)
+  names = ('knn/look', 'knn/move', 'look', 'move')
+  outcomes = {
+    arm: [
+      dataclasses.replace(done, measured=dict.fromkeys(names, start + seed))
+      for seed in (0.1, 0.2)
+    ]
+    for arm, start in (('one', 0.0), ('other', 0.5))
+  }
+  failed = dataclasses.replace(done, state='failed', message='TypeError: no')
+  outcomes['broken'] = [failed, failed]
+  text = comparison_report.write(study, outcomes, str(tmp_path), (0, 1))
+  assert 'held-out loss' not in text
+  assert '| other | 1,000 | 10 | 2 | 0.650 ± 0.071 |' in text
+  assert '![kNN, linear](study_plane.png)' in text
+  assert not (tmp_path / 'study.png').exists()
+  assert Image.open(tmp_path / 'study_plane.png').width > 800
 
 
 def test_arms_must_fit(recipe):

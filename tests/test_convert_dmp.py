@@ -5,21 +5,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import released
 
 from vfm_jax import convert, convert_dmp
-from vfm_jax.models.dit import DiT
 from vfm_jax.models.prompts import dmp
 from vfm_jax.nn import adaln, transformer
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'g_dmp_add_topk'
 CONFIG = json.loads(GOLDEN.with_suffix('.json').read_text())['config']
-MODEL = DiT(
-  width=CONFIG['hidden_size'],
-  depth=CONFIG['depth'],
-  heads=CONFIG['num_heads'],
-  input_size=CONFIG['input_size'],
-  num_classes=CONFIG['num_classes'],
-  hooks=dmp(CONFIG['num_tokens'], depth=CONFIG['pt_depth']),
+MODEL = released.dit(
+  CONFIG, dmp(CONFIG['num_tokens'], depth=CONFIG['pt_depth'])
 )
 
 

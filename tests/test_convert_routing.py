@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import released
 
 from vfm_jax import convert, convert_dit, export
 from vfm_jax.models import switch
-from vfm_jax.models.dit import DiT
 from vfm_jax.models.routing import Routing
 from vfm_jax.nn.adaln import Hooks
 
@@ -22,15 +22,7 @@ HOOKS = {
 def load(case):
   """Return the model and the checkpoint of a recorded case."""
   cfg = json.loads((GOLDEN / f'{case}.json').read_text())['config']
-  model = DiT(
-    width=cfg['hidden'],
-    depth=cfg['depth'],
-    heads=cfg['heads'],
-    patch=cfg['patch_size'],
-    input_size=cfg['input_size'],
-    num_classes=cfg['classes'],
-    hooks=HOOKS[case](cfg),
-  )
+  model = released.dit(cfg, HOOKS[case](cfg))
   with np.load(GOLDEN / f'{case}.npz') as file:
     return model, {k[2:]: file[k] for k in file.files if k.startswith('w/')}
 

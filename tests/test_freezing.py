@@ -7,8 +7,9 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from vfm_jax import config, flops, sharding, trees
+from vfm_jax import config, convert_dit, flops, sharding, trees, verbs
 from vfm_jax.config import ref
 from vfm_jax.experiment import WarmStart
 from vfm_jax.models import prompts
@@ -33,10 +34,13 @@ def recipe():
   return c
 
 
-def patched(workdir, item='params', **kwargs):
+def patched(workdir, item='params', frames=4, denoiser=None, **kwargs):
   c = recipe()
-  # Two slices of 2 x 2 tokens.
-  c.objective.denoiser.hooks = ref(prompts.dmp, count=8, top=0.5)
+  c.objective.denoiser.update(denoiser or {})
+  c.data.train.clip.frames = frames
+  # 2 x 2 tokens a slice.
+  count = frames // c.objective.denoiser.tubelet * 4
+  c.objective.denoiser.hooks = ref(prompts.dmp, count=count, top=0.5)
   c.objective.auxiliary = ref(Balance)
   c.optim.groups = GROUPS
   c.update(ema=(), eval_ema=None, **kwargs)
@@ -150,6 +154,48 @@ def test_frozen_parameters_cost_no_gradient(base, accum):
   ]
   # Forward and backward by the activations are two of three products.
   assert 0.6 < counts[1] / counts[0] < 0.75
+
+
+def test_a_released_file_can_be_patched(tmp_path):
+  """From a file to prompts on its network, which stays what it is."""
+  image = dict(tubelet=1, frames=1)
+  c = recipe()
+  c.objective.denoiser.update(**image)
+  c.data.train.clip.frames = 1
+  plain = config.build(c)
+  rng = np.random.default_rng(0)
+  draw = lambda s: 0.1 * rng.normal(size=s.shape).astype(np.float32)  # noqa: E731
+  values = jax.tree.map(draw, plain.abstract_state.params['denoiser'])
+  file = convert_dit.to_dit(values, plain.objective.denoiser)
+  save_file(file, tmp_path / 'dit.safetensors')
+  verbs.convert(plain, str(tmp_path / 'a'), str(tmp_path / 'dit.safetensors'))
+
+  exp = patched(tmp_path / 'a', item='ema/0.9', frames=1, denoiser=image)
+  start = started(exp)
+  kept = jax.tree.map(np.array, start.params)
+  _, last = train(exp, start, 3)
+  for params in (kept, last.params):
+    network = {k: v for k, v in params['denoiser'].items() if is_base(k)}
+    network['blocks'] = {
+      k: v for k, v in network['blocks'].items() if is_base(k)
+    }
+    back = convert_dit.to_dit(network, plain.objective.denoiser)
+    for name, tensor in file.items():
+      np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+  with exp.data.train.train_batches(8, seed=1) as batches:
+    batch = jax.tree.map(np.asarray, next(batches))
+  first, same, later = (
+    jax.jit(functools.partial(e.objective.loss, train=False))(
+      p, {}, batch, jax.random.key(3)
+    ).sums
+    for e, p in (
+      (plain, {'denoiser': values}),
+      (exp, kept),
+      (exp, last.params),
+    )
+  )
+  np.testing.assert_array_equal(first, same)
+  assert first != later
 
 
 @pytest.mark.slow

@@ -274,3 +274,45 @@ def test_build_needs_shapes_only():
 def test_settings_that_make_no_sense(setting, message):
   with pytest.raises(ValueError, match=message):
     Optimizer(CONSTANT, **setting)
+
+
+def test_parts_are_clipped_apart_and_from_a_step_on():
+  params = {
+    'encoder': {'kernel': jnp.zeros((2, 2))},
+    'head': {'kernel': jnp.zeros((2, 2))},
+  }
+  optimizer = Optimizer(
+    CONSTANT,
+    weight_decay=0.0,
+    method=functools.partial(optim.sgd, momentum=0.0, nesterov=False),
+    clip_norm=1.0,
+    clip_apart=('^encoder/',),
+    clip_from=1,
+  )
+  tx, _ = optimizer.build(params, 10)
+  grads = {
+    'encoder': {'kernel': jnp.full((2, 2), 3.0)},  # of norm 6
+    'head': {'kernel': jnp.full((2, 2), 0.25)},  # of norm 0.5
+  }
+  state = tx.init(params)
+  first, state = tx.update(grads, state, params)
+  second, _ = tx.update(grads, state, params)
+  for update, encoder in ((first, -0.3), (second, -0.05)):
+    np.testing.assert_allclose(update['encoder']['kernel'], encoder, rtol=1e-6)
+    np.testing.assert_allclose(update['head']['kernel'], -0.025, rtol=1e-6)
+
+
+def test_parts_to_clip_must_exist():
+  with pytest.raises(ValueError, match=r'need config\.optim\.clip_norm'):
+    Optimizer(CONSTANT, clip_from=3)
+  optimizer = Optimizer(CONSTANT, clip_norm=1.0, clip_apart=('^decoder/',))
+  with pytest.raises(ValueError, match=r"'\^decoder/' matches no parameter"):
+    optimizer.build(make_params(), 10)
+
+
+def test_mask_tokens_decay_where_it_is_asked_for():
+  path = 'predictor/mask_tokens'
+  assert not optim.decay_matrices(path, 2)
+  assert optim.decay_tokens(path, 2)
+  assert not optim.decay_tokens('predictor/norm/scale', 1)
+  assert not optim.decay_tokens('encoder/blocks_0/attn/qkv/bias', 3)

@@ -11,6 +11,7 @@ import pytest
 from vfm_jax import config, sharding, trees, verbs
 from vfm_jax.data import latents
 from vfm_jax.data.latent_pipeline import LatentPipeline
+from vfm_jax.data.mixed import Mixed
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.data.synthetic import MovingShapes
 from vfm_jax.nn.mixer import Mixing
@@ -21,9 +22,21 @@ VARIANTS = {
   'videomae_b': ('', 'gpu8', 'gpu1'),
   'videomae_l': ('', 'gpu8', 'gpu1'),
   'videomaev2_g': ('', 'gpu8'),
+  'vjepa_l': ('', 'gpu8', 'h'),
+  'vjepa2_l': ('', 'h', 'g', 'long', 'h-long', 'g-long'),
+  'finetune_videomae_b': ('', 'gpu1', 'lora'),
   'twlv_b': ('', 'gpu8', 'gpu1'),
   'twlv_l': ('', 'gpu8', 'gpu1'),
+  'umt_b': ('', 'gpu8', 'gpu1'),
+  'umt_l': ('', 'gpu8', 'gpu1'),
   'quickstart': ('', 'mocap'),
+  'pretraining_mocap': ('untrained', 'pixels', 'vjepa', 'umt', 'twlv'),
+  # Sets those side by side.
+  'study_pretraining': (),
+  'eval_store': ('', 'multi-clip', 'flat', 'maps'),
+  'tal_thumos': ('', 'external'),
+  'tal_anet': ('', 'external'),
+  'tas': ('', '50salads', 'gtea', 'breakfast'),
   'quickstart_diffusion': ('', 'flow', 'measure', 'flow-measure'),
   'video_dit_quickstart': ('', 'joint'),
   'dit_s2': ('', 'gpu8', 'gpu1', '7m', 'min_snr', '7m-p2-gpu8'),
@@ -48,6 +61,16 @@ VARIANTS = {
   ),
   # Sets those side by side.
   'study_digits': (),
+  'analysis_digits': ('dit', 'switch'),
+  'transfer_digits': ('together', 'alone_0'),
+  'encoders': (
+    'videomae_b',
+    'videomaev2_b',
+    'vjepa2_g',
+    'umt_b',
+    'videoprism_lvt_b',
+    'clip_b-eval',
+  ),
   'dtr_l2': ('', 'random', 'min_snr', 'uw', 'uw-gpu1'),
   'switch_dit': (
     '',
@@ -60,7 +83,15 @@ VARIANTS = {
   ),
   'ant_l2': ('', 'nash-snr-gpu1'),
   'ant_s2': ('', 'pcgrad', 'nash', 'snr'),
-  'curriculum_dit': ('', 'anti', 'none', 'flow', 'anti-flow-gpu8'),
+  'curriculum_dit': (
+    '',
+    'anti',
+    'none',
+    'snr',
+    'flow',
+    'logit',
+    'anti-flow-gpu8',
+  ),
   'combinations': (
     'dtr_uw',
     'switch_curriculum',
@@ -123,10 +154,8 @@ def smoke(c):
   'name',
   [
     'videomae_l',
-    pytest.param('twlv_l', marks=pytest.mark.slow),
     pytest.param('videomae_b', marks=pytest.mark.slow),
     pytest.param('videomaev2_g', marks=pytest.mark.slow),
-    pytest.param('twlv_b', marks=pytest.mark.slow),
   ],
 )
 def test_describe_and_two_smoke_steps(name):
@@ -137,6 +166,123 @@ def test_describe_and_two_smoke_steps(name):
   assert described.data['devices'] == 256
 
   check_two_steps(config.build(smoke(load(name))))
+
+
+@pytest.mark.parametrize(
+  ('spec', 'encoder', 'predictor'),
+  [
+    ('vjepa_l', 303_885_312, 22_082_944),
+    pytest.param('vjepa_l:h', 631_648_000, 22_279_808, marks=pytest.mark.slow),
+    pytest.param('vjepa2_l', 303_885_312, 22_086_016, marks=pytest.mark.slow),
+    pytest.param(
+      'vjepa2_l:g-long', 1_012_173_952, 22_381_312, marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_latent_recipes_have_the_released_parameters(spec, encoder, predictor):
+  described = verbs.describe(config.build(load(spec)), DEVICES['']).data
+  for part, want in (('encoder', encoder), ('predictor', predictor)):
+    rows = [p for p in described['parameters'] if p['path'].startswith(part)]
+    assert sum(p['count'] for p in rows) == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['vjepa_l', 'vjepa2_l'])
+def test_two_smoke_steps_of_latent_recipes(name):
+  c = load(name)
+  small = dict(width=32, depth=2, heads=2)
+  c.objective.encoder.update(patch=8, frames=4, image_size=32, **small)
+  c.objective.predictor.update(width=16, depth=1, heads=2)
+  c.data.train.unlock()
+  c.data.train.source = config.ref(MovingShapes, count=32, frames=8, size=40)
+  c.data.train.clip.update(frames=4, stride=1, rate=None)
+  c.data.train.transform.transforms[0].size = 32
+  c.data.workers = 0
+  c.update(batch_size=8, accum=2, steps=2)
+  c.optim.lr.schedule.warmup_steps = 1
+  c.mesh.update(data=-1, fsdp=4)
+  check_two_steps(config.build(c))
+
+
+# The counts of the released students; encoders of the sizes that TWLV-I states.
+@pytest.mark.parametrize(
+  ('name', 'encoder', 'heads'),
+  [
+    ('umt_b', 85_637_376, 2_368_512),
+    pytest.param('umt_l', 303_074_304, 4_732_416, marks=pytest.mark.slow),
+    pytest.param('twlv_b', 86_227_200, 2_368_512, marks=pytest.mark.slow),
+    pytest.param('twlv_l', 303_860_736, 4_732_416, marks=pytest.mark.slow),
+  ],
+)
+def test_distilling_recipes_need_no_teacher_to_describe(name, encoder, heads):
+  described = verbs.describe(config.build(load(name)), DEVICES['']).data
+  for part, want in (('encoder', encoder), ('heads', heads)):
+    rows = [p for p in described['parameters'] if p['path'].startswith(part)]
+    assert sum(p['count'] for p in rows) == want
+  # Not of the state, and on every device.
+  assert described['bytes_per_device']['teachers'] > 4e7
+  assert not any('teacher' in p['path'] for p in described['parameters'])
+  with pytest.raises(FileNotFoundError, match='weights/clip_vit'):
+    config.build(load(name)).objective.teachers()
+
+
+def smoke_distill(c):
+  """Shrink a recipe with a teacher, whose weights become random."""
+  o = c.objective
+  small = dict(width=32, depth=2, heads=2, patch=8, image_size=32)
+  o.encoder.update(frames=4, **small)
+  o.teacher.model.update(features=16, **small)
+  o.teacher.update(path='', seed=0, taps=(-1,))
+  o.taps = (-1,)
+  if 'predictor' in o:
+    o.predictor.update(width=16, depth=1, heads=2)
+  c.data.train.unlock()
+  mixed = 'pipelines' in c.data.train
+  pipelines = c.data.train.pipelines if mixed else (c.data.train,)
+  for pipeline, frames in zip(pipelines, (4, 1), strict=False):
+    source = config.ref(MovingShapes, count=32, frames=8, size=40)
+    pipeline.source = source
+    pipeline.clip.frames = frames
+    for transform in pipeline.transform.get(
+      'transforms', (pipeline.transform,)
+    ):
+      if 'size' in transform:
+        transform.size = 32
+  c.data.workers = 0
+  c.update(batch_size=8, accum=2, steps=2)
+  c.mesh.update(data=-1, fsdp=4)
+  return c
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['umt_b', 'twlv_b'])
+def test_distilling_recipes_in_small(name):
+  c = smoke_distill(load(name))
+  if name == 'twlv_b':
+    # A step of videos, one of images.
+    c.data.train.turns = (1, 1)
+  check_two_steps(config.build(c))
+
+
+@pytest.mark.parametrize(
+  'method',
+  [
+    'twlv',
+    *(
+      pytest.param(m, marks=pytest.mark.slow)
+      for m in ('pixels', 'vjepa', 'umt')
+    ),
+  ],
+)
+def test_pretraining_methods_in_small(method):
+  c = load(f'pretraining_mocap:{method}')
+  for side in ('train', 'val'):
+    shapes = config.ref(MovingShapes, count=32, frames=8, size=32)
+    c.data[side].source = shapes
+  c.evals = {}
+  c.objective.encoder.update(width=24, depth=1, heads=2)
+  c.update(batch_size=8)
+  check_two_steps(config.build(c))
 
 
 @pytest.mark.parametrize(
@@ -237,6 +383,23 @@ def test_prompts_recipe(variant, trainable, latent_set):
   check_two_steps(dataclasses.replace(config.build(c), warm_start=None))
 
 
+def test_latents_must_be_those_of_the_network():
+  roots = set()
+  for spec, shape in (('dmp_ffhq', (32, 32, 4)), ('meme_ffhq', (64, 64, 3))):
+    c = load(spec)
+    assert c.data.train.shape == shape
+    roots.add(c.data.train.source.root)
+  assert len(roots) == 2
+  c = load('dmp_ffhq')
+  c.data.train.shape = (64, 64, 3)
+  message = (
+    r'4 channels \(`objective.denoiser.channels`\), found shape '
+    r'\(1, 64, 64, 3\).*`data.train`.*`source` and `shape`'
+  )
+  with pytest.raises(ValueError, match=message):
+    verbs.describe(config.build(c), 8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('variant', ['', 'same'])
 def test_experts_recipe(variant):
@@ -249,12 +412,15 @@ def test_experts_recipe(variant):
 
 
 @pytest.mark.slow
-def test_experts_recipe_in_small(latent_set):
-  c = load('meme_ffhq')
+@pytest.mark.parametrize('variant', ['', 'same'])
+def test_experts_recipe_in_small(variant, latent_set):
+  c = load(f'meme_ffhq:{variant}')
   # One stage, with a mixer between the two ways.
   small = dict(width=8, multipliers=(1,), blocks=1, spatial=(), groups=4)
   for expert in c.objective.experts:
-    expert.denoiser.update(**small, channels=4)
+    expert.denoiser.update(**small, channels=4, head_dim=4)
+    if variant == 'same':
+      continue
     expert.denoiser.unlock()
     expert.denoiser.mixing = config.ref(
       Mixing, shares=(0.5,), pools=(2,), head_dim=4
@@ -281,6 +447,7 @@ MULTITASK = [
   ('ant_s2:nash-snr', 32.9),
   ('curriculum_dit', 130.3),
   ('curriculum_dit:anti-flow', 130.3),
+  ('curriculum_dit:logit', 130.3),
 ]
 
 
@@ -364,14 +531,16 @@ def test_variants_of_latent_recipes():
 
 
 def check_two_steps(exp):
-  assert isinstance(exp.data.train, Pipeline | LatentPipeline)
+  assert isinstance(exp.data.train, Pipeline | LatentPipeline | Mixed)
   mesh = sharding.make_mesh(exp.mesh)
   shardings = exp.shardings(mesh)
   with sharding.activations(mesh):
     state = exp.first_state(shardings)
+    teachers = exp.teachers(mesh)
     step = jax.jit(exp.train_step(), out_shardings=(shardings, None))
     with exp.data.train.train_batches(exp.batch_size, seed=0) as batches:
       for _ in range(2):
-        state, metrics = step(state, sharding.put_batch(next(batches), mesh))
+        batch = sharding.put_batch(next(batches), mesh)
+        state, metrics = step(state, batch, teachers)
   assert int(state.step) == 2
   assert np.isfinite(metrics['loss'])

@@ -95,3 +95,43 @@ def test_warmup_is_given_once_and_fits():
     f(warmup_steps=2, warmup_fraction=0.2)
   with pytest.raises(ValueError, match='11 steps does not fit into 10'):
     f(warmup_steps=11)
+
+
+def test_a_schedule_may_outlast_the_run_and_be_ahead_of_it():
+  """The rates of V-JEPA: 90,000 of 112,500 steps."""
+  cosine = functools.partial(
+    schedules.warmup_cosine,
+    peak=6.25e-4,
+    final=1e-6,
+    start=2e-4,
+    warmup_steps=12_000,
+  )
+  got = schedules.stretched(
+    np.array([0, 5_999, 11_999, 49_999, 89_999]),
+    90_000,
+    schedule=cosine,
+    scale=1.25,
+    ahead=1,
+  )
+  want = [2.000354e-4, 4.125e-4, 6.25e-4, 4.29576e-4, 7.50422e-5]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  decay = functools.partial(schedules.warmup_cosine, peak=0.04, final=0.4)
+  value = schedules.stretched(
+    89_999, 90_000, schedule=decay, scale=1.25, ahead=1
+  )
+  assert value == pytest.approx(0.36562, rel=1e-5)
+
+
+def test_past_the_end_values_hold_or_formulas_go_on():
+  for schedule, want in (
+    (functools.partial(schedules.linear, peak=1.0), -0.5),
+    (functools.partial(schedules.warmup_cosine, peak=1.0), 0.5),
+    (
+      functools.partial(
+        schedules.warmup_stable_decay, peak=1.0, decay_steps=10
+      ),
+      -0.5,
+    ),
+  ):
+    assert schedule(15, 10) == pytest.approx(0.0, abs=1e-12)
+    assert schedule(15, 10, past_end='extend') == pytest.approx(want)

@@ -185,6 +185,7 @@ class Doubling(nn.Module):
   """Predict a multiple of the input, with a variance that means nothing."""
 
   label_dropout: float = 0.0
+  channels: int = 1
 
   @nn.compact
   def __call__(self, x, t, y=None, *, drop=None, tau=None, keys=None):

@@ -122,6 +122,25 @@ def test_types(tmp_path, kind, dtype, order):
   np.testing.assert_array_equal(got.read(), values)
 
 
+def test_the_average_of_an_encoder_comes_before_the_encoder(tmp_path):
+  """V-JEPA's files hold both, and wrap the names twice."""
+  name = 'module.backbone.norm.weight'
+  saved = {
+    'encoder': {name: tensor((2,), (1,))},
+    'target_encoder': {name: tensor((2,), (1,), 4)},
+    'epoch': 3,
+  }
+  path = tmp_path / 'vitl16.pth.tar'
+  write(path, saved)
+  entry, state = convert.read_entry(path)
+  assert entry == 'target_encoder'
+  np.testing.assert_array_equal(state['norm.weight'], COUNT[4:6])
+  bare = {name: tensor((2,), (1,)), 'norm.weight': tensor((2,), (1,))}
+  write(path, {'encoder': bare})
+  with pytest.raises(ConversionError, match=r'one tensor for norm\.weight'):
+    convert.read_entry(path)
+
+
 def test_an_entry_with_the_command_line_beside_it(tmp_path):
   options = call('argparse', 'Namespace')
   options = Code(options + encode({'lr': 1}) + b'b')

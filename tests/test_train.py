@@ -24,19 +24,37 @@ ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = {
   'masked': ROOT / 'tests/recipes/tiny_masked.py',
   'denoise': ROOT / 'tests/recipes/tiny_denoise.py',
+  'classify': ROOT / 'tests/recipes/tiny_classify.py',
+  'latent': ROOT / 'tests/recipes/tiny_latent.py',
+  'twlv': ROOT / 'tests/recipes/tiny_twlv.py',
 }
 
 
 # What the loop promises is checked for the others behind the marker `slow`.
 slow_but_for_the_first = pytest.mark.parametrize(
   'recipe',
-  ['masked', pytest.param('denoise', marks=pytest.mark.slow)],
+  [
+    'masked',
+    pytest.param('denoise', marks=pytest.mark.slow),
+    pytest.param('classify', marks=pytest.mark.slow),
+    pytest.param('latent', marks=pytest.mark.slow),
+    pytest.param('twlv', marks=pytest.mark.slow),
+  ],
   indirect=True,
   scope='module',
 )
 
 
-@pytest.fixture(params=RECIPES, scope='module')
+@pytest.fixture(
+  params=[
+    'masked',
+    'denoise',
+    pytest.param('classify', marks=pytest.mark.slow),
+    pytest.param('latent', marks=pytest.mark.slow),
+    pytest.param('twlv', marks=pytest.mark.slow),
+  ],
+  scope='module',
+)
 def recipe(request):
   return str(RECIPES[request.param])
 
@@ -58,14 +76,20 @@ def run_steps(exp, steps, *, devices=None, state=None):
       state = exp.first_state(shardings)
     step = jax.jit(
       exp.train_step(),
-      in_shardings=(shardings, sharding.batch_sharding(mesh)),
+      in_shardings=(
+        shardings,
+        sharding.batch_sharding(mesh),
+        exp.teacher_shardings(mesh),
+      ),
       out_shardings=(shardings, None),
     )
+    teachers = exp.teachers(mesh)
     with exp.data.train.train_batches(
       exp.batch_size, seed=exp.seed, start_step=int(state.step)
     ) as batches:
       for _ in range(steps):
-        state, metrics = step(state, sharding.put_batch(next(batches), mesh))
+        batch = sharding.put_batch(next(batches), mesh)
+        state, metrics = step(state, batch, teachers)
         losses.append(float(metrics['loss']))
   return state, np.array(losses)
 

@@ -52,7 +52,10 @@ class Comparison:
       keep, such as a classifier, is made once.
     measure_seed: seed of the measures, the same for all runs.
     levels: name of a `Difficulty` evaluator that all arms have in `evals`: the
-      held-out loss is the mean of its intervals.
+      held-out loss is the mean of its intervals. None for arms that do not
+      denoise: there is then neither that loss nor its figure.
+    planes: by title, the measures (across, up) of a figure in which each arm
+      is a point, as in the appearance-versus-motion plane of TWLV-I.
     distance: start of the name of the measure that the figure shows.
     report: where table and figure go, without a suffix; None is `study` in the
       work directory.
@@ -63,7 +66,10 @@ class Comparison:
   arms: tuple[Arm, ...]
   measures: Mapping[str, Evaluator]
   measure_seed: int = 0
-  levels: str = 'levels'
+  levels: str | None = 'levels'
+  planes: Mapping[str, tuple[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
   distance: str = ''
   report: str | None = None
   title: str = 'Comparison'
@@ -76,11 +82,13 @@ class Comparison:
       path = f'config.arms.{i}'
       if arm.name in before:
         raise ValueError(f'{path}.name: there is another {arm.name!r}')
-      if not isinstance(arm.experiment.evals.get(self.levels), Difficulty):
+      evals = arm.experiment.evals
+      if self.levels is not None and not isinstance(
+        evals.get(self.levels), Difficulty
+      ):
         raise ValueError(
           f'{path}.experiment.evals: expected a Difficulty evaluator named '
-          f'{self.levels!r} (config.levels), found '
-          f'{sorted(arm.experiment.evals)}'
+          f'{self.levels!r} (config.levels), found {sorted(evals)}'
         )
       if arm.start is not None and arm.start not in before:
         raise ValueError(
@@ -262,4 +270,4 @@ def _measured(comparison, exp, folder) -> dict[str, float]:
     last = dataclasses.replace(
       exp, evals=comparison.measures, seed=comparison.measure_seed
     )
-    return train.run_evals(last, exp.eval_params(state), mesh)
+    return train.run_evals(last, exp.eval_params(state), mesh, folder)

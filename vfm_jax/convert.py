@@ -6,10 +6,12 @@ of the file is used or ignored by a rule that gives its reason, every parameter
 is set, and every shape is checked.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +26,8 @@ PyTree = Any
 State = Mapping[str, np.ndarray]
 
 # Where released files keep the weights, and what wrappers add to names.
-_WRAPPERS = ('model', 'module', 'state_dict')
-_PREFIXES = ('module.', '_orig_mod.')
+_WRAPPERS = ('model', 'module', 'target_encoder', 'encoder', 'state_dict')
+_PREFIXES = ('module.', '_orig_mod.', 'backbone.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,35 @@ class Source:
 
   names: tuple[str, ...]
   convert: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+@dataclasses.dataclass
+class Usage:
+  """Say what became of the tensors of a checkpoint.
+
+  Attributes:
+    used: names of those that parameters came from.
+    left_out: reasons, by name, of the others.
+  """
+
+  used: set[str] = dataclasses.field(default_factory=set)
+  left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+_usage: contextvars.ContextVar[Usage | None] = contextvars.ContextVar(
+  'usage', default=None
+)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Usage]:
+  """Record what `fill` does with tensors while the context is open."""
+  usage = Usage()
+  token = _usage.set(usage)
+  try:
+    yield usage
+  finally:
+    _usage.reset(token)
 
 
 def from_videomae(
@@ -110,8 +141,12 @@ def fill(
         f'reshaped: {", ".join(source.names)} is {tensor.shape}, which does '
         f'not give {path} {shapes[path]}'
       )
+  left_out = {}
   for name in sorted(set(state) - used):
-    if not any(re.fullmatch(rule, name) for rule in ignore or {}):
+    rules = [r for r in ignore or {} if re.fullmatch(r, name)]
+    if ignore and rules:
+      left_out[name] = ignore[rules[0]]
+    else:
       problems.append(
         f'unused: {name} {np.shape(state[name])}; the model has no such '
         'parameter and no rule of `ignore` gives a reason'
@@ -120,6 +155,9 @@ def fill(
     raise ConversionError(
       'the checkpoint does not fit the model:\n  ' + '\n  '.join(problems)
     )
+  if (usage := _usage.get()) is not None:
+    usage.used |= used
+    usage.left_out |= left_out
   params = traverse_util.unflatten_dict(params, sep='/')
   same = jax.tree.structure(unrolled) == jax.tree.structure(template)
   if same:
@@ -172,10 +210,11 @@ def read_checkpoint(
 def read_entry(
   path: str | pathlib.Path, *, entry: str | None = None
 ) -> tuple[str | None, dict[str, np.ndarray]]:
-  """Read the tensors of a .safetensors, .npz, .pt, .pth or .bin file.
+  """Read the tensors of a .safetensors or .npz file, or one of torch.
 
-  Wrappers of torch files ('model', 'module', 'state_dict') and name prefixes
-  of wrapped modules are removed. Torch is not needed.
+  Those end in .pt, .pth, .pth.tar or .bin. Wrappers ('model', 'module',
+  'target_encoder', 'encoder', 'state_dict') and name prefixes of wrapped
+  modules are removed. Torch is not needed.
 
   Args:
     path: the file.
@@ -192,7 +231,7 @@ def read_entry(
     ValueError: another suffix, or no such entry.
   """
   path = pathlib.Path(path)
-  if path.suffix in ('.pt', '.pth', '.bin'):
+  if path.suffix in ('.pt', '.pth', '.bin') or path.name.endswith('.pth.tar'):
     entry, state = _torch_state(path, entry)
   elif entry is not None:
     raise ValueError(
@@ -208,25 +247,40 @@ def read_entry(
       state = dict(file)
   else:
     raise ValueError(
-      'expected a checkpoint .safetensors, .npz, .pt, .pth or .bin, found '
-      f'{path.name}'
+      'expected a checkpoint .safetensors, .npz, .pt, .pth, .pth.tar or .bin, '
+      f'found {path.name}'
     )
   out = {}
   for name, tensor in state.items():
     while any(name.startswith(p) for p in _PREFIXES):
       name = name.split('.', 1)[1]
+    if name in out:
+      raise ConversionError(
+        f'{path}: expected one tensor for {name}, found two that differ in '
+        f'their prefix alone, of {_PREFIXES}'
+      )
     out[name] = tensor
   return entry, out
 
 
-def _torch_state(path, entry):
-  """Return the entry that is read, and its tensors."""
+def read_torch(path: str | pathlib.Path) -> Mapping[str, Any]:
+  """Return what a torch file holds, with a `Tensor` for each tensor.
+
+  Raises:
+    ConversionError: it can't be read, or holds something else than a dict.
+  """
   old = torch_stream.is_stream(path)
   saved = (torch_stream if old else torch_files).read(path)
   if not isinstance(saved, Mapping):
     raise ConversionError(
       f'{path}: expected a dict of tensors, found a {type(saved).__name__}'
     )
+  return saved
+
+
+def _torch_state(path, entry):
+  """Return the entry that is read, and its tensors."""
+  saved = read_torch(path)
   if entry is not None and entry not in saved:
     raise ValueError(
       f'expected an entry {entry!r} in {path.name}, found '
@@ -296,8 +350,8 @@ def _same(x, shape):
   return x.reshape(shape) if x.size == np.prod(shape) and x.ndim > 1 else x
 
 
-def _convolution(x, shape):
-  # (out, in, t, h, w) to patches in the order (t h w in).
+def convolution(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Return a kernel (out, in, t, h, w) as [P, out], P in order (t h w in)."""
   del shape
   return x.transpose(2, 3, 4, 1, 0).reshape(-1, x.shape[0])
 
@@ -337,7 +391,7 @@ def _released_rules():
 
 def _ends(stem):
   return (
-    ('encoder/patch_embed/kernel', [f'{stem}.weight'], _convolution),
+    ('encoder/patch_embed/kernel', [f'{stem}.weight'], convolution),
     ('encoder/patch_embed/bias', [f'{stem}.bias'], _same),
     ('encoder/pos_embed', ['<encoder>pos_embed'], _same),
     ('decoder/embed/kernel', ['encoder_to_decoder.weight'], transpose),

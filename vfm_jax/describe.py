@@ -36,6 +36,7 @@ def describe(
   mesh: sharding.AnyMesh,
   rules: Sequence[sharding.Rule] = sharding.RULES,
   rows: Sequence[Any] = (),
+  teachers: PyTree | None = None,
   step_fn: Callable[..., Any] | None = None,
   device_bytes: int | None = None,
   title: str = '',
@@ -48,7 +49,9 @@ def describe(
     mesh: a mesh, or {axis: size} of one that is not here.
     rules: the sharding table.
     rows: how the optimizer treats each parameter (`optim.Row`).
-    step_fn: (state, batch) -> anything; its FLOPs are counted.
+    teachers: abstract weights that a step takes after the batch, which are
+      neither trained nor saved; None or empty for none.
+    step_fn: (state, batch[, teachers]) -> anything; its FLOPs are counted.
     device_bytes: memory of one device, to say whether the state fits.
     title: first line of the text.
 
@@ -59,6 +62,10 @@ def describe(
   sizes = _sizes(mesh)
   parameters = _parameters(state.params, shardings.params, rows)
   memory = _memory(state, shardings, batch, mesh)
+  if teachers:
+    optional = [dataclasses.replace(rule, optional=True) for rule in rules]
+    places = sharding.infer(teachers, mesh, optional)
+    memory['teachers'] = _total(teachers, places)
   data: dict[str, Any] = {
     'mesh': sizes,
     'devices': math.prod(sizes.values()),
@@ -70,7 +77,8 @@ def describe(
   if device_bytes is not None:
     data['fits'] = sum(memory.values()) <= device_bytes
   if step_fn is not None:
-    data['flops_per_step'] = flops.count(step_fn, state, batch)
+    given = (state, batch, teachers) if teachers else (state, batch)
+    data['flops_per_step'] = flops.count(step_fn, *given)
   return Description('\n'.join(filter(None, [title, _text(data)])), data)
 
 
@@ -102,23 +110,23 @@ def _memory(
   state: Any, shardings: Any, batch: PyTree, mesh: sharding.AnyMesh
 ) -> dict[str, int]:
   """Return bytes a device by category; activations are not among them."""
-
-  def total(tree: PyTree, places: PyTree) -> int:
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
-    return sum(sharding.device_bytes(x, s) for x, s in pairs)
-
   place = sharding.batch_sharding(mesh)
   for leaf in jax.tree.leaves(batch):
     sharding.check_batch(leaf.shape[0], mesh)
   return {
-    'params': total(state.params, shardings.params),
-    'moments': total(state.opt_state, shardings.opt_state),
-    'ema': total(state.ema, shardings.ema),
-    'extra': total(state.extra, shardings.extra),
+    'params': _total(state.params, shardings.params),
+    'moments': _total(state.opt_state, shardings.opt_state),
+    'ema': _total(state.ema, shardings.ema),
+    'extra': _total(state.extra, shardings.extra),
     # One gradient for each parameter, in its type and layout.
-    'gradients': total(state.params, shardings.params),
-    'batch': total(batch, jax.tree.map(lambda _: place, batch)),
+    'gradients': _total(state.params, shardings.params),
+    'batch': _total(batch, jax.tree.map(lambda _: place, batch)),
   }
+
+
+def _total(tree: PyTree, places: PyTree) -> int:
+  pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+  return sum(sharding.device_bytes(x, s) for x, s in pairs)
 
 
 def _text(data: Mapping[str, Any]) -> str:

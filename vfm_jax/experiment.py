@@ -15,8 +15,10 @@ from vfm_jax import multitask, sharding, trees
 from vfm_jax import step as step_lib
 from vfm_jax.data import pipeline
 from vfm_jax.data.latent_pipeline import LatentPipeline
+from vfm_jax.data.mixed import Mixed
 from vfm_jax.evals import base as evals_base
 from vfm_jax.objectives import base as objectives_base
+from vfm_jax.objectives import frozen
 from vfm_jax.optim import Optimizer, Row
 
 
@@ -31,7 +33,7 @@ class Data:
       this process, which starts at once and suits small sets.
   """
 
-  train: pipeline.Pipeline | LatentPipeline
+  train: pipeline.Pipeline | LatentPipeline | Mixed
   val: pipeline.Pipeline | LatentPipeline | None = None
   workers: int = 0
 
@@ -83,7 +85,8 @@ class Experiment:
     combine: makes one gradient of the objective's tasks, see `multitask`; None
       adds their losses.
     ema: decays of the averages of the parameters to keep.
-    eval_ema: the average that evaluations use; the parameters by default.
+    eval_ema: the average that evaluations use; by default the parameters, or
+      what the objective has in their place, see `objectives.base.Averages`.
     mesh: how devices are arranged.
     rules: (path pattern, axes) table for the whole state; first match wins.
     warm_start: another run to take parameters from at step 0.
@@ -208,6 +211,36 @@ class Experiment:
       combine=self.combine,
     )
 
+  @functools.cached_property
+  def teacher_spec(self) -> dict[str, Any]:
+    """Return shapes and types of what a step takes beside state and batch.
+
+    Raises:
+      ValueError: a teacher has the name of parameters.
+    """
+    spec = frozen.teacher_spec(self.objective)
+    if clash := sorted(spec.keys() & self.abstract_state.params.keys()):
+      raise ValueError(
+        f'config.objective: {clash} are names of parameters and of teachers'
+      )
+    return spec
+
+  def teacher_shardings(self, mesh: Any) -> dict[str, Any]:
+    """Return the sharding of each leaf of the teachers, by `rules`."""
+    rules = [dataclasses.replace(rule, optional=True) for rule in self.rules]
+    return sharding.infer(self.teacher_spec, mesh, rules)
+
+  def teachers(self, mesh: Any) -> dict[str, Any]:
+    """Read the frozen weights that training needs; {} for most objectives.
+
+    Raises:
+      ValueError: the objective names no file of them, or of another model.
+    """
+    if not isinstance(self.objective, frozen.Taught):
+      return {}
+    weights = dict(self.objective.teachers())
+    return jax.device_put(weights, self.teacher_shardings(mesh))
+
   def train_step(self) -> step_lib.StepFn:
     """Return the pure step function."""
     tx, rows = self.optimizer
@@ -258,7 +291,10 @@ class Experiment:
     )
     # The averages start where the parameters do, in buffers of their own.
     copies = {key: jax.tree.map(jnp.copy, params) for key in state.ema}
-    return state.replace(params=params, ema=copies)
+    extra = state.extra
+    if isinstance(self.objective, objectives_base.Averages):
+      extra = self.objective.restart(extra, params)
+    return state.replace(params=params, ema=copies, extra=extra)
 
   def restore(self, workdir: str, mesh: Any) -> step_lib.TrainState:
     """Return the latest saved state of a work directory.
@@ -278,6 +314,8 @@ class Experiment:
   def eval_params(self, state: step_lib.TrainState) -> Any:
     """Return the parameters that evaluations and embeddings use."""
     if self.eval_ema is None:
+      if isinstance(self.objective, objectives_base.Averages):
+        return self.objective.evaluated(state.params, state.extra)
       return state.params
     return state.ema[step_lib.ema_key(self.eval_ema)]
 

@@ -5,7 +5,7 @@ first. What is taken of it is up to the caller: one backward pass for a weighted
 sum of the losses, or a gradient for each.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.struct
@@ -54,6 +54,7 @@ class Passes:
     rng: jax.Array,
     accum: int = 1,
     frozen: Collection[str] = (),
+    beside: Mapping[str, PyTree] | None = None,
   ):
     """Count the elements of each task; nothing is differentiated yet.
 
@@ -66,6 +67,8 @@ class Passes:
       accum: number of microbatches that the batch is cut into.
       frozen: paths of parameters whose gradients nobody wants, which are then
         not computed.
+      beside: trees that the objective finds beside the parameters, without
+        gradients.
 
     Raises:
       ValueError: the batch does not divide into them.
@@ -77,7 +80,7 @@ class Passes:
       batch = jax.tree.map(lambda x: _split(x, accum), batch)
     self._batch = batch
     self._loss = lambda params, extra, micro: objective.loss(
-      fill(params, held), extra, micro, rng, train=True
+      {**fill(params, held), **(beside or {})}, extra, micro, rng, train=True
     )
     # Counts do not depend on the parameters, so the compiler drops the rest of
     # this pass; it makes the weight of each microbatch known before gradients.

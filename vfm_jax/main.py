@@ -1,7 +1,7 @@
 """Turn flags into a config and a config into one verb.
 
 python -m vfm_jax.main
-  [train|eval|embed|sample|latents|describe|convert|export|study]
+  [train|eval|embed|sample|latents|describe|convert|export|report|study]
   --config=configs/quickstart.py[:variant] [--config.a.b=value ...]
   [--workdir=DIR]
 """
@@ -16,13 +16,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vfm_jax import comparison as comparison_lib
-from vfm_jax import comparison_report, runtime, study, train, verbs
+from vfm_jax import comparison_report, reporting, runtime, study, train, verbs
 from vfm_jax import config as config_lib
+from vfm_jax import verify as verify_lib
 from vfm_jax.checkpoint import CheckpointError
 from vfm_jax.comparison import Comparison
 from vfm_jax.data.latents import Dtype
 from vfm_jax.data.pipeline import TooManyBadVideos
+from vfm_jax.evals.report_planes import Axes
 from vfm_jax.evals.store import Sampling
+from vfm_jax.evals.stored import StoredEvaluation
 from vfm_jax.experiment import Experiment
 from vfm_jax.export import Format
 
@@ -53,6 +56,9 @@ _SOURCE = flags.DEFINE_string(
 _ENTRY = flags.DEFINE_string(
   'entry', None, 'convert: entry of a torch file with the weights, as in ema.'
 )
+_VERIFY = flags.DEFINE_bool(
+  'verify', False, 'convert: check every tensor and what was written.'
+)
 _WEIGHTS = flags.DEFINE_string(
   'weights', None, 'export: params, or an average as in ema/0.9999.'
 )
@@ -72,6 +78,21 @@ _LATENT_DTYPE = flags.DEFINE_enum(
 )
 _LATENT_BATCH = flags.DEFINE_integer(
   'latent_batch', None, 'latents: examples at a time; the batch by default.'
+)
+_EVALUATE = flags.DEFINE_bool(
+  'evaluate', True, 'report: evaluate first; else show the results there are.'
+)
+_MODEL = flags.DEFINE_string(
+  'model', None, 'report: name of the encoder; that of the workdir by default.'
+)
+_RUNS = flags.DEFINE_list(
+  'runs', [], 'report: MODEL=WORKDIR of further runs; seeds share a MODEL.'
+)
+_APPEARANCE = flags.DEFINE_string(
+  'appearance', '', 'report: regex of metrics told by appearance, as in scene.'
+)
+_MOTION = flags.DEFINE_string(
+  'motion', '', 'report: regex of metrics told by motion, as in direction.'
 )
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, where it is not found alone.'
@@ -112,10 +133,16 @@ def main(argv: Sequence[str]) -> None:
       'config: a Comparison is for the verb study; for others choose one of '
       f'its recipes, as in :{exp.arms[0].name}'
     )
-  if not isinstance(exp, Experiment | Comparison):
+  if isinstance(exp, StoredEvaluation) and verb not in ('eval', 'report'):
     raise config_lib.ConfigError(
-      'config: the recipe must return ref(Experiment, ...), or for the verb '
-      f'study ref(Comparison, ...), found {type(exp).__name__}'
+      'config: a StoredEvaluation is for the verbs eval and report, found '
+      f'{verb}'
+    )
+  if not isinstance(exp, Experiment | Comparison | StoredEvaluation):
+    raise config_lib.ConfigError(
+      'config: the recipe must return ref(Experiment, ...), for the verb study '
+      'ref(Comparison, ...), or for eval and report ref(StoredEvaluation, '
+      f'...), found {type(exp).__name__}'
     )
   if verb not in ('describe', 'study'):
     runtime.initialize(
@@ -164,9 +191,13 @@ def _keep_compiled(workdir: str) -> None:
     runtime.compilation_cache(os.path.join(workdir, 'compiled'))
 
 
-def _eval(exp: Experiment, workdir: str, config) -> None:
+def _eval(exp: Experiment | StoredEvaluation, workdir: str, config) -> None:
   del config
-  print(json.dumps(verbs.evaluate(exp, workdir), indent=1, sort_keys=True))
+  if isinstance(exp, StoredEvaluation):
+    found = exp.run(workdir)
+  else:
+    found = verbs.evaluate(exp, workdir)
+  print(json.dumps(found, indent=1, sort_keys=True))
 
 
 def _embed(exp: Experiment, workdir: str, config) -> None:
@@ -214,7 +245,11 @@ def _convert(exp: Experiment, workdir: str, config) -> None:
   del config
   if not _SOURCE.value:
     raise app.UsageError('convert needs --source=FILE')
-  done = verbs.convert(exp, workdir, _SOURCE.value, entry=_ENTRY.value)
+  done = verbs.convert(
+    exp, workdir, _SOURCE.value, entry=_ENTRY.value, verify=_VERIFY.value
+  )
+  if done.checks:
+    print(verify_lib.table(done.checks))
   entry = f' of the entry {done.entry!r}' if done.entry else ''
   print(
     f'{done.num_params:,} parameters{entry} of {_SOURCE.value} written to '
@@ -247,6 +282,22 @@ def _study(exp: Experiment | Comparison, workdir: str, config) -> None:
     print(study.study(config, workdir, seeds))
 
 
+def _report(exp: Experiment | StoredEvaluation, workdir: str, config) -> None:
+  del config
+  if not all('=' in run for run in _RUNS.value):
+    raise app.UsageError(f'--runs takes MODEL=WORKDIR, found {_RUNS.value}')
+  parts = [run.partition('=') for run in _RUNS.value]
+  page = reporting.write(
+    exp if _EVALUATE.value else None,
+    workdir,
+    model=_MODEL.value or os.path.basename(os.path.normpath(workdir)),
+    runs=[(name, folder) for name, _, folder in parts],
+    axes=Axes(_APPEARANCE.value, _MOTION.value),
+    sampling=cast(Sampling, _SAMPLING.value),
+  )
+  print(page)
+
+
 _VERBS: dict[str, Callable[..., None]] = {
   'train': _train,
   'eval': _eval,
@@ -256,6 +307,7 @@ _VERBS: dict[str, Callable[..., None]] = {
   'describe': _describe,
   'convert': _convert,
   'export': _export,
+  'report': _report,
   'study': _study,
 }
 

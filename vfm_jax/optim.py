@@ -85,6 +85,15 @@ def decay_matrices(path: str, ndim: int) -> bool:
   return ndim > 1 and not _NO_DECAY.search(path.split('/')[-1])
 
 
+def decay_tokens(path: str, ndim: int) -> bool:
+  """Say whether a parameter decays: as `decay_matrices`, and mask tokens do.
+
+  The official V-JEPA code leaves out biases and what has one axis, and its mask
+  tokens have three.
+  """
+  return decay_matrices(path, ndim) or path.endswith('mask_tokens')
+
+
 def adam(
   decay: optax.GradientTransformation,
   rows: Rows,
@@ -152,6 +161,10 @@ class Optimizer:
     weight_decay: coefficient, or a schedule of it.
     method: `adam`, `sgd`, `lars` or a bind of one; (decay, rows) -> optax.
     clip_norm: bound on the global norm of the trainable gradients; None: off.
+    clip_apart: patterns, searched in the path: the gradients of the parameters
+      that one is the first to match have a norm of their own, as have those
+      that none matches.
+    clip_from: number of steps at the start that are not clipped.
     groups: the first group whose pattern matches a parameter has it.
     decays: (path, ndim without the depth axis) -> whether it decays.
     layer_decay: factor g; layer k of a stack of depth L learns g^(L - k) as
@@ -164,6 +177,8 @@ class Optimizer:
   weight_decay: float | Callable = 0.05
   method: Callable = adam
   clip_norm: float | None = None
+  clip_apart: tuple[str, ...] = ()
+  clip_from: int = 0
   groups: tuple[Group, ...] = ()
   decays: Callable = decay_matrices
   layer_decay: float | None = None
@@ -173,6 +188,11 @@ class Optimizer:
     """Refuse settings that mean nothing."""
     if self.clip_norm is not None and self.clip_norm <= 0:
       raise ValueError(f'config.optim.clip_norm={self.clip_norm}: must be > 0')
+    if self.clip_norm is None and (self.clip_apart or self.clip_from):
+      raise ValueError(
+        'config.optim.clip_apart and clip_from need config.optim.clip_norm, '
+        'found None'
+      )
     if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
       raise ValueError(
         f'config.optim.layer_decay={self.layer_decay}: must lie in (0, 1]'
@@ -204,7 +224,13 @@ class Optimizer:
       ),
     ]
     if self.clip_norm is not None:
-      parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
+      for pattern in self.clip_apart:
+        if not any(re.search(pattern, path) for path in table):
+          raise ValueError(
+            f'config.optim.clip_apart: {pattern!r} matches no parameter of\n  '
+            + '\n  '.join(table)
+          )
+      parts.insert(0, _clip(self.clip_norm, self.clip_apart, self.clip_from))
     tx = optax.chain(*parts)
     if any(r.frozen for r in rows):
       labels = trees.map_with_path(
@@ -326,6 +352,43 @@ def _scale(rows: Rows) -> optax.GradientTransformation:
     return u if factor == 1.0 else u * factor
 
   return _stateless(scale)
+
+
+def _clip(
+  norm: float, apart: tuple[str, ...], first: int
+) -> optax.GradientTransformation:
+  """Bound the norm of each part of the gradients, from a step on."""
+  if not apart and not first:
+    return optax.clip_by_global_norm(norm)
+
+  def part(path: str) -> str:
+    return next((p for p in apart if re.search(p, path)), '')
+
+  def clipped(updates):
+    squares: dict[str, jax.Array] = {}
+    for path, u in trees.path_leaves(updates):
+      square = jnp.square(u).sum()
+      squares[part(path)] = squares.get(part(path), 0.0) + square
+    factors = {
+      # Without a gradient there is nothing to scale.
+      name: norm / jnp.maximum(jnp.sqrt(square), norm)
+      for name, square in squares.items()
+    }
+    return trees.map_with_path(lambda path, u: u * factors[part(path)], updates)
+
+  def update(updates, state, params=None):
+    del params
+    new = jax.tree.map(
+      lambda c, u: jnp.where(state.count >= first, c, u),
+      clipped(updates),
+      updates,
+    )
+    count = optax.safe_increment(state.count)
+    return new, optax.ScaleByScheduleState(count)
+
+  return optax.GradientTransformation(
+    lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+  )
 
 
 def _decay(

@@ -3,12 +3,13 @@
 Every schedule is `f(step, total_steps, *, ...)`. A Python or NumPy step gives
 float64; a JAX step gives a float32 tracer, so that one definition serves the
 compiled step, the plots and the recorded tables. `step` counts finished steps
-from 0; steps past the end hold the value of the end.
+from 0; steps past the end hold the value of the end, unless a schedule is told
+to `extend`.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ import numpy as np
 
 Step = Any  # int, NumPy integers or a JAX array
 Value = Any  # float64 of NumPy or float32 of JAX, in the shape of the step
+
+# What comes after the last step: the value of the end, or the formula as it
+# goes on, by which a cosine comes back and a line passes 0 (V-JEPA's code).
+PastEnd = Literal['hold', 'extend']
 
 
 def open_ramp(step: Step, warmup: int) -> Value:
@@ -52,10 +57,11 @@ def linear(
   warmup_steps: int = 0,
   warmup_fraction: float = 0.0,
   ramp: Callable = open_ramp,
+  past_end: PastEnd = 'hold',
 ) -> Value:
   """Warm up linearly to `peak`, then go linearly to `final`."""
   w = _warmup(total_steps, warmup_steps, warmup_fraction)
-  u = _progress(step, w, total_steps)
+  u = _progress(step, w, total_steps, past_end)
   return _join(step, w, ramp, start, peak, peak + (final - peak) * u)
 
 
@@ -69,6 +75,7 @@ def warmup_cosine(
   warmup_steps: int = 0,
   warmup_fraction: float = 0.0,
   ramp: Callable = open_ramp,
+  past_end: PastEnd = 'hold',
 ) -> Value:
   """Warm up linearly to `peak`, then follow half a cosine towards `final`.
 
@@ -85,9 +92,10 @@ def warmup_cosine(
     warmup_steps: length of the warm-up; or give
     warmup_fraction: the same as a fraction of the run.
     ramp: (step, warmup) -> fraction of the way from `start` to `peak`.
+    past_end: see `PastEnd`.
   """
   w = _warmup(total_steps, warmup_steps, warmup_fraction)
-  u = _progress(step, w, total_steps)
+  u = _progress(step, w, total_steps, past_end)
   cosine = 0.5 * (1.0 + _xp(step).cos(math.pi * u))
   return _join(step, w, ramp, start, peak, final + (peak - final) * cosine)
 
@@ -129,6 +137,7 @@ def warmup_stable_decay(
   decay_steps: int = 0,
   decay_fraction: float = 0.0,
   ramp: Callable = open_ramp,
+  past_end: PastEnd = 'hold',
 ) -> Value:
   """Warm up, hold `peak`, then go linearly to `final` over the last steps.
 
@@ -136,8 +145,31 @@ def warmup_stable_decay(
   """
   w = _warmup(total_steps, warmup_steps, warmup_fraction)
   d = _warmup(total_steps, decay_steps, decay_fraction, 'decay')
-  u = _progress(step, total_steps - d, total_steps)
+  u = _progress(step, total_steps - d, total_steps, past_end)
   return _join(step, w, ramp, start, peak, peak + (final - peak) * u)
+
+
+def stretched(
+  step: Step,
+  total_steps: int,
+  *,
+  schedule: Callable,
+  scale: float = 1.0,
+  ahead: int = 0,
+) -> Value:
+  """Follow a schedule that is longer than the run, or some steps ahead of it.
+
+  V-JEPA's run (arXiv:2404.08471) ends after 4/5 of its schedules, `scale` 1.25,
+  and its first step takes the value of step 1, `ahead` 1.
+
+  Args:
+    step: number of finished steps.
+    total_steps: length of the run.
+    schedule: the longer one.
+    scale: its length over that of the run.
+    ahead: steps to look ahead.
+  """
+  return schedule(step + ahead, int(total_steps * scale))
 
 
 def _join(step, warmup, ramp, start, peak, after) -> Value:
@@ -147,10 +179,10 @@ def _join(step, warmup, ramp, start, peak, after) -> Value:
   return _xp(step).where(_real(step) < warmup, before, after)[()]
 
 
-def _progress(step, begin: int, end: int) -> Value:
+def _progress(step, begin: int, end: int, past_end: PastEnd = 'hold') -> Value:
   """Return how far the step is from `begin` (0) to `end` (1)."""
   u = (_real(step) - begin) / max(end - begin, 1)
-  return _xp(step).clip(u, 0.0, 1.0)
+  return _xp(step).clip(u, 0.0, 1.0 if past_end == 'hold' else None)
 
 
 def _warmup(total: int, steps: int, fraction: float, name='warmup') -> int:

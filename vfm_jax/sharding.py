@@ -136,7 +136,7 @@ RULES = (
   Rule('experts/bias', ('expert', None), True),
   # Cut along their output: the pixels of a patch (2 * 14 * 14 * 3) and the
   # channels of a picture divide by fewer devices than a width does.
-  Rule('(patch_embed|conv_in)/kernel', (None, 'fsdp'), True),
+  Rule('(patch_embed|conv_in|stem)/kernel', (None, 'fsdp'), True),
   Rule('y_embed/table', (None, 'fsdp'), True),  # [classes + 1, D]
   Rule('([a-z]+_)*depthwise/kernel', (), True),  # [K, K, C]
   # The last resort: any other matrix is cut along its input; biases, scales,
@@ -144,8 +144,11 @@ RULES = (
   Rule('kernel', ('fsdp', None), True),
   Rule('([a-z]+_)*(bias|scale|gamma(_[0-9]+)?)', (), True),
   Rule('([a-z]+_)*(tokens?|pos_embed)', (), True),
-  # What a combiner of tasks and a way to draw times keep.
-  Rule('(combine|times)/[a-z_]+', (), True),
+  Rule('norm/(mean|var)', (), True),  # of a frozen convolutional network
+  # What a combiner of tasks, a way to draw times and an auxiliary loss keep.
+  Rule('(combine|times|auxiliary)/[a-z_]+', (), True),
+  # Low-rank updates are small, and rarely divide.
+  Rule('lora/.+/[ab]', (), True),
   Rule('rng', (), True),
 )
 

@@ -6,7 +6,7 @@ protocol.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -17,6 +17,7 @@ import optax
 from vfm_jax.gradients import Passes, fill
 from vfm_jax.multitask import Combined, Combiner
 from vfm_jax.objectives import base
+from vfm_jax.objectives.frozen import teacher_spec
 
 PyTree = Any
 Metrics = dict[str, Any]
@@ -49,7 +50,7 @@ class TrainState(flax.struct.PyTreeNode):
   combine: PyTree = flax.struct.field(default_factory=dict)
 
 
-StepFn = Callable[[TrainState, base.Batch], tuple[TrainState, Metrics]]
+StepFn = Callable[..., tuple[TrainState, Metrics]]
 
 
 def ema_key(decay: float) -> str:
@@ -120,11 +121,12 @@ def make_train_step(
   frozen: Collection[str] = (),
   skip_nonfinite: bool = True,
 ) -> StepFn:
-  """Return the pure function (state, batch) -> (state, metrics).
+  """Return the pure function (state, batch[, teachers]) -> (state, metrics).
 
   Gradient accumulation is exact: the loss is sum_k sums_k / counts_k + aux
   with sums and counts added over the microbatches first; `combine` does other
-  things with the K tasks.
+  things with the K tasks. `teachers` are trees by name that the objective finds
+  beside its parameters, see `objectives.frozen.Taught`.
 
   Args:
     objective: what is trained.
@@ -140,12 +142,18 @@ def make_train_step(
       the order of `jax.tree.leaves(params)`) whether its gradient was.
   """
 
-  def step(state: TrainState, batch: base.Batch):
+  def step(
+    state: TrainState,
+    batch: base.Batch,
+    teachers: Mapping[str, PyTree] | None = None,
+  ):
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     params = state.params
     if combine is not None:
       params = {k: v for k, v in params.items() if k != COMBINE}
-    passes = Passes(objective, params, state.extra, batch, rng, accum, frozen)
+    passes = Passes(
+      objective, params, state.extra, batch, rng, accum, frozen, teachers
+    )
     if combine is not None:
       _check_tasks(combine, state, len(passes.counts))
     out, grads = _gradients(passes, state, combine, rng)
@@ -240,7 +248,11 @@ def _init(objective, seed, batch, combine) -> tuple[PyTree, PyTree, PyTree]:
       f'objective has among {sorted(params)}'
     )
   out = jax.eval_shape(
-    functools.partial(objective.loss, train=False), params, extra, batch, rng
+    functools.partial(objective.loss, train=False),
+    {**params, **teacher_spec(objective)},
+    extra,
+    batch,
+    rng,
   )
   learned, combined = combine.init(out.sums.shape[0])
   return {**params, COMBINE: learned} if learned else params, extra, combined

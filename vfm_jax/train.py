@@ -21,6 +21,7 @@ from vfm_jax import metrics as metrics_lib
 from vfm_jax import plots, runtime, sharding
 from vfm_jax import step as step_lib
 from vfm_jax.evals import reconstruct
+from vfm_jax.evals.base import InRun
 from vfm_jax.experiment import Experiment
 from vfm_jax.objectives import base, frozen
 
@@ -52,6 +53,7 @@ def train(
     exp.objective.frozen()
   mesh = sharding.make_mesh(exp.mesh)
   shardings = exp.shardings(mesh)
+  teachers = exp.teachers(mesh)
   info = _record(workdir, config)
   with contextlib.ExitStack() as stack:
     stack.enter_context(sharding.activations(mesh))
@@ -79,7 +81,11 @@ def train(
     loop = _Loop(exp, workdir, mesh, writer)
     step_fn = jax.jit(
       exp.train_step(),
-      in_shardings=(shardings, sharding.batch_sharding(mesh)),
+      in_shardings=(
+        shardings,
+        sharding.batch_sharding(mesh),
+        exp.teacher_shardings(mesh),
+      ),
       # Whole on every device, so that each process can read its metrics.
       out_shardings=(shardings, sharding.replicated(mesh)),
       donate_argnums=0,
@@ -90,7 +96,7 @@ def train(
     for step in range(start + 1, exp.total_steps + 1):
       with loop.meter.waiting():
         batch = next(batches)
-      state, metrics = step_fn(state, batch)
+      state, metrics = step_fn(state, batch, teachers)
       loop.record(step, metrics)
       watchdog.beat(step)
       profiler.step(step)
@@ -129,15 +135,15 @@ def check_writable(workdir: str) -> None:
     ) from e
 
 
-def run_evals(exp: Experiment, params, mesh) -> dict[str, float]:
+def run_evals(exp: Experiment, params, mesh, workdir: str) -> dict[str, float]:
   """Return the metrics of every evaluator, as `evaluator/metric`."""
-  return {
-    f'{name}/{metric}': value
-    for name, evaluator in exp.evals.items()
-    for metric, value in evaluator.run(
-      exp.objective, params, seed=exp.seed, mesh=mesh
-    ).items()
-  }
+  out = {}
+  for name, evaluator in exp.evals.items():
+    if isinstance(evaluator, InRun):
+      evaluator = evaluator.in_run(workdir, name)
+    found = evaluator.run(exp.objective, params, seed=exp.seed, mesh=mesh)
+    out |= {f'{name}/{metric}': value for metric, value in found.items()}
+  return out
 
 
 class _Loop:
@@ -193,7 +199,7 @@ class _Loop:
     """Run the evaluators and draw what the model does."""
     with self.meter.paused():
       params = self.exp.eval_params(state)
-      values = run_evals(self.exp, params, self.mesh)
+      values = run_evals(self.exp, params, self.mesh, self.workdir)
       if values:
         self.writer.scalars(step, values)
       self._draw(step, params, state.extra)

@@ -1,6 +1,7 @@
 """Do what each verb but `train` does, on the latest checkpoint of a run."""
 
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from vfm_jax import (
   convert_dit,
   convert_dmp,
   convert_vae,
+  convert_vjepa,
   sharding,
   train,
 )
@@ -18,6 +20,7 @@ from vfm_jax import convert as convert_lib
 from vfm_jax import describe as describe_lib
 from vfm_jax import export as export_lib
 from vfm_jax import step as step_lib
+from vfm_jax import verify as verify_lib
 from vfm_jax.data import latents as latents_lib
 from vfm_jax.evals import embed as embed_lib
 from vfm_jax.evals import samples as samples_lib
@@ -25,8 +28,11 @@ from vfm_jax.evals import store
 from vfm_jax.evals.base import to_host
 from vfm_jax.experiment import Experiment
 from vfm_jax.latents import write_latents
-from vfm_jax.objectives.base import Samples
+from vfm_jax.objectives.base import Converts, Samples
 from vfm_jax.objectives.denoise import Denoise
+from vfm_jax.objectives.encode import Encoder
+from vfm_jax.objectives.latent import LatentPrediction
+from vfm_jax.objectives.masked import Masked
 
 
 def evaluate(exp: Experiment, workdir: str) -> dict[str, float]:
@@ -38,7 +44,7 @@ def evaluate(exp: Experiment, workdir: str) -> dict[str, float]:
   mesh = sharding.make_mesh(exp.mesh)
   with sharding.activations(mesh):
     state = exp.restore(workdir, mesh)
-    return train.run_evals(exp, exp.eval_params(state), mesh)
+    return train.run_evals(exp, exp.eval_params(state), mesh, workdir)
 
 
 def embed(
@@ -193,14 +199,21 @@ def describe(
     ShardingError: the mesh or a parameter does not divide.
   """
   mesh = exp.mesh.sizes(num_devices or jax.device_count())
+  title = f'{exp.total_steps:,} steps of {exp.batch_size} clips'
+  objective, step = exp.objective, exp.train_step()
+  if isinstance(objective, Encoder):
+    # It takes no step: what there is to count is an embedding.
+    title = f'embeddings of {exp.batch_size} clips at a time'
+    step = lambda state, batch: objective.embed(state.params, batch)  # noqa: E731
   return describe_lib.describe(
     state=exp.abstract_state,
     batch=exp.batch_spec,
     mesh=mesh,
     rules=exp.rules,
     rows=exp.optimizer[1],
-    step_fn=exp.train_step(),
-    title=f'{exp.total_steps:,} steps of {exp.batch_size} clips',
+    teachers=exp.teacher_spec,
+    step_fn=step,
+    title=title,
   )
 
 
@@ -210,27 +223,39 @@ class Converted(NamedTuple):
   Attributes:
     num_params: number of parameters that were set.
     entry: entry of a torch file that they are from; None for the file itself.
+    checks: what was verified; empty if nothing was asked for.
   """
 
   num_params: int
   entry: str | None
+  checks: tuple[verify_lib.Check, ...] = ()
 
 
 def convert(
-  exp: Experiment, workdir: str, source: str, *, entry: str | None = None
+  exp: Experiment,
+  workdir: str,
+  source: str,
+  *,
+  entry: str | None = None,
+  verify: bool = False,
 ) -> Converted:
   """Write the weights of a foreign file as the checkpoint of step 0.
 
   Args:
-    exp: whose objective the weights are for: `Masked` takes VideoMAE files,
-      `Denoise` files of DiT, SiT and, with its hooks, DMP, and folders that
-      diffusers saved.
+    exp: whose objective the weights are for: `Encoder` takes files of its
+      reader, `Masked` those of VideoMAE, `LatentPrediction` those of V-JEPA,
+      `Distill` those of UMT, `Denoise` files of DiT, SiT and, with its hooks,
+      DMP, and folders that diffusers saved.
     workdir: where the checkpoint goes; it must hold none.
     source: `.safetensors`, `.npz` or torch file.
     entry: entry of a torch file with the weights, such as `ema` or `model`.
+    verify: check the result, see `vfm_jax.verify`; what fails is not kept.
 
   Raises:
-    ConversionError: a tensor is missing, left over or of another shape.
+    VerificationError: what was written is not what was read, or embeds
+      nothing of use.
+    ConversionError: a tensor is missing, left over or of another shape, or no
+      file of this objective is known.
     CheckpointError: the work directory holds a checkpoint already.
   """
   mesh = sharding.make_mesh(exp.mesh)
@@ -241,9 +266,19 @@ def convert(
         f'{workdir}/checkpoints holds step {saved.latest_step()} already; '
         'change --workdir'
       )
-    params, entry = _converted(exp, source, entry)
-    state = exp.first_state(shardings).replace(
+    with convert_lib.recorded() as usage:
+      made, entry, names = _converted(exp, source, entry)
+    params = {name: made[name] for name in exp.abstract_state.params}
+    checks = []
+    if verify:
+      checks = verify_lib.check_weights(exp.objective, params, names, usage)
+      verify_lib.require(checks)
+    state = exp.first_state(shardings)
+    # Of an objective that averages, a file also holds the average.
+    extra = {k: x for k, x in made.items() if k not in params}
+    state = state.replace(
       params=jax.device_put(params, shardings.params),
+      extra=jax.device_put(extra, shardings.extra) if extra else state.extra,
       # Averages start where the parameters do, in buffers of their own.
       ema={
         key: jax.device_put(params, where)
@@ -252,11 +287,20 @@ def convert(
     )
     saved.save(0, state, force=True)
     saved.wait()
-  return Converted(sum(x.size for x in jax.tree.leaves(params)), entry)
+  if verify:
+    checks += verify_lib.check_checkpoint(exp, workdir, params, mesh)
+    if jax.process_index() == 0 and not all(c.passed for c in checks):
+      shutil.rmtree(f'{workdir}/checkpoints')
+    verify_lib.require(checks)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  return Converted(count, entry, tuple(checks))
 
 
 def _converted(exp: Experiment, source: str, entry: str | None):
-  """Return the parameters of the objective and the entry they are from."""
+  """Return the objective's parameters, their entry, and the tensors' names.
+
+  An average that the file holds is among the parameters.
+  """
   template = exp.abstract_state.params
   folder = pathlib.Path(source).is_dir()
   if folder and entry is not None:
@@ -273,9 +317,25 @@ def _converted(exp: Experiment, source: str, entry: str | None):
     patched = convert_dmp.patched(model)
     read = convert_dmp.from_dmp if patched else convert_dit.from_dit
     params = read(state, template['denoiser'], model=model)
-    return {'denoiser': params}, entry
+    return {'denoiser': params}, entry, list(state)
+  if isinstance(exp.objective, LatentPrediction):
+    if entry is None:
+      state = convert_vjepa.read(source)
+    else:
+      _, state = convert_lib.read_entry(source, entry=entry)
+    template = {**template, **exp.abstract_state.extra}
+    return exp.objective.converted(state, template), entry, list(state)
+  if isinstance(exp.objective, Converts):
+    entry, state = convert_lib.read_entry(source, entry=entry)
+    return exp.objective.converted(state, template), entry, list(state)
+  if not isinstance(exp.objective, Masked):
+    raise convert_lib.ConversionError(
+      'config.objective: expected one whose released files `convert` knows, '
+      f'Encoder, Masked, LatentPrediction, Distill or Denoise, found '
+      f'{type(exp.objective).__name__}; give a recipe of one network'
+    )
   entry, state = convert_lib.read_entry(source, entry=entry)
-  return convert_lib.from_videomae(state, template), entry
+  return convert_lib.from_videomae(state, template), entry, list(state)
 
 
 class Exported(NamedTuple):

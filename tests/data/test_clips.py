@@ -25,6 +25,7 @@ SAMPLERS = (
   clips.videomae_dense_test,
   clips.segment_train,
   clips.segment_test,
+  clips.vjepa_train,
 )
 
 
@@ -118,6 +119,20 @@ def test_dense_test():
   assert clips.videomae_dense_test(300, 25, RNG(0), clips=1)[0, 0] == 0
 
 
+def test_umt_train():
+  take = clips.umt_train
+  drawn = np.stack(
+    [take(100, 25.0, np.random.default_rng(i), frames=8) for i in range(400)]
+  )
+  # Segments of 12.5 frames; their edges are rounded to even.
+  edges = np.array([0, 12, 25, 38, 50, 62, 75, 88, 100])
+  np.testing.assert_array_equal(drawn.min(0), edges[:-1])
+  np.testing.assert_array_equal(drawn.max(0), edges[1:] - 1)
+  short = take(3, 25.0, np.random.default_rng(0), frames=8)
+  assert (np.diff(short) >= 0).all()
+  assert short.max() == 2
+
+
 def test_segment_train():
   take = clips.segment_train
   np.testing.assert_array_equal(
@@ -184,3 +199,23 @@ def test_multi_clip():
 def test_spans_of_plain_samplers():
   got = clips.as_clips(np.arange(0, 50, 2), 25.0)
   np.testing.assert_allclose(got.spans, [[0, 49 / 25]])
+
+
+def test_vjepa_windows_hold_both_ends():
+  got = clips.vjepa_train(100, 30.0, Fixed(high=False), frames=4, stride=4)
+  assert got.tolist() == [0, 5, 10, 15]
+  got = clips.vjepa_train(100, 30.0, Fixed(high=True), frames=4, stride=4)
+  assert got.tolist() == [83, 88, 93, 98]
+
+
+def test_vjepa_repeats_the_last_frame_of_short_videos():
+  got = clips.vjepa_train(9, 30.0, RNG(0), frames=4, stride=4)
+  assert got.tolist() == [0, 8, 8, 8]
+  got = clips.vjepa_train(2, 30.0, RNG(0), frames=4, stride=4)
+  assert got.tolist() == [1, 1, 1, 1]
+
+
+def test_vjepa_2_has_a_rate():
+  for fps, step in ((29.97, 7), (12.0, 3), (2.0, 1)):
+    got = clips.vjepa_train(999, fps, Fixed(high=False), frames=4, rate=4)
+    assert got[-1] == 4 * step - 1

@@ -25,6 +25,7 @@ def test_renders_once_from_held_out_angles(tmp_path):
   val = mocap.MocapClips('val', **options)
   assert len(train) == len(val) == 4
   assert [train[i].labels['action'] for i in range(4)] == [0, 0, 1, 1]
+  assert [s[0].labels['view'] for s in (train, val)] == [0, 1]
   assert train[0].id == 'walk/0/0'
 
   def frames(source, index):

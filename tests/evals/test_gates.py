@@ -25,7 +25,7 @@ def make(hooks):
 
 
 def test_masks(tmp_path):
-  gates = Gates(str(tmp_path / 'new'))
+  gates = Gates(folder=str(tmp_path / 'new'))
   assert isinstance(gates, Evaluator)
   got = gates.run(make(Hooks(mask=Routing())), {}, seed=0)
   # 16 of 20 channels: the windows share those from 4 to 15.
@@ -61,7 +61,7 @@ def test_experts(tmp_path):
   assert usage.used.shape == usage.weight.shape == (2, 1000, 4)
   assert (usage.used.sum(-1) == 1).all()
   assert usage.used[0, :, 1].all()
-  got = Gates(str(tmp_path)).run(objective, params, seed=0)
+  got = Gates(folder=str(tmp_path)).run(objective, params, seed=0)
   assert got['unused'] >= 3
   assert got['always'] >= 1
   assert 0.5 <= got['affinity_lag100'] <= 1

@@ -1,10 +1,15 @@
 """Check the kNN probe against its definition in NumPy."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 
+from vfm_jax.evals import knn as knn_lib
 from vfm_jax.evals.base import Features
 from vfm_jax.evals.knn import KNN, loader_order
 
@@ -55,6 +60,47 @@ def test_chunks_give_identical_answers_on_ties():
   for chunk in (1, 7):
     parts = KNN(k=4, chunk=chunk).scores(bank, labels, queries, CLASSES)
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize('devices', [None, (2, 4)])
+def test_ties_resolve_as_in_a_stable_sort_of_the_whole_bank(devices):
+  # Signs over 16 features have unit vectors and products without rounding,
+  # so that most similarities tie exactly. A class a row tells who voted.
+  rng = np.random.default_rng(0)
+  bank, queries = (rng.choice([-1.0, 1.0], (n, 16)) for n in (61, 5))
+  knn = KNN(k=9, chunk=7, temperature=1.0)
+  mesh = None if devices is None else jax.make_mesh(devices, ('x', 'y'))
+  got = knn.scores(bank, np.arange(61), queries, 61, mesh=mesh)
+  s = queries @ bank.T / 16
+  want = np.zeros_like(got)
+  nearest = np.argsort(-s, axis=1, kind='stable')[:, :9]
+  np.put_along_axis(want, nearest, np.exp(np.sort(-s)[:, :9] * -1), 1)
+  np.testing.assert_array_equal(got > 0, want > 0)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert len(np.unique(np.take_along_axis(s, nearest, 1))) < 9
+
+
+def test_the_similarity_matrix_never_exists():
+  spec = jax.ShapeDtypeStruct
+  n, q, d, chunk, k = 4096, 512, 8, 256, 20
+  jaxpr = jax.make_jaxpr(
+    functools.partial(knn_lib._votes, k=k, chunk=chunk, num_classes=CLASSES)
+  )(
+    spec((n, d), np.float32),
+    spec((n,), np.int32),
+    spec((2, q // 2, d), np.float32),
+    spec((), np.int32),
+    spec((), np.float32),
+  )
+  largest = max(_sizes(jaxpr.jaxpr))
+  assert largest == q // 2 * (chunk + k) < q * n / 10
+
+
+def _sizes(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield from (v.aval.size for v in eqn.outvars)
+    for inner in core.jaxprs_in_params(eqn.params):
+      yield from _sizes(inner)
 
 
 def test_one_neighbour_is_the_nearest_by_cosine():

@@ -7,6 +7,7 @@ import numpy as np
 from vfm_jax.data import augment, clips
 from vfm_jax.data.digits import Digits
 from vfm_jax.data.pipeline import Pipeline
+from vfm_jax.evals.affinity import TaskAffinity
 from vfm_jax.evals.difficulty import Difficulty
 from vfm_jax.objectives.denoise import Denoise
 from vfm_jax.objectives.experts import Experts
@@ -28,24 +29,37 @@ class Constant(nn.Module):
     return self.param('value', nn.initializers.zeros, ()) + 0 * x
 
 
+ONE = Denoise(Constant(), Gaussian(variance='small'), data='video', label=None)
+BOTH = Experts((ONE, dataclasses.replace(ONE)), uniform(2))
+DATA = Pipeline(
+  Digits(split='val', val_per_class=1),
+  functools.partial(clips.uniform, frames=1),
+  augment.identity,
+  path='data.val',
+)
+
+
+def params_of(*values):
+  params = [{'denoiser': {'value': np.float32(v)}} for v in values]
+  return {f'expert_{i}': p for i, p in enumerate(params)}
+
+
 def test_each_expert_is_scored_at_its_own_levels():
-  one = Denoise(
-    Constant(), Gaussian(variance='small'), data='video', label=None
-  )
-  both = Experts((one, dataclasses.replace(one)), uniform(2))
-  data = Pipeline(
-    Digits(split='val', val_per_class=1),
-    functools.partial(clips.uniform, frames=1),
-    augment.identity,
-    path='data.val',
-  )
-  evaluator = Difficulty(data, Intervals((0, 500, 700, 1000)), batch_size=10)
+  evaluator = Difficulty(DATA, Intervals((0, 500, 700, 1000)), batch_size=10)
 
   def losses(objective, *values):
-    params = [{'denoiser': {'value': np.float32(v)}} for v in values]
-    named = {f'expert_{i}': p for i, p in enumerate(params)}
-    given = named if objective is both else params[0]
+    params = params_of(*values)
+    given = params if objective is BOTH else params['expert_0']
     return list(evaluator.run(objective, given, seed=0).values())
 
-  clean, noisy = losses(one, 1.0), losses(one, -2.0)
-  assert losses(both, 1.0, -2.0) == [clean[0], noisy[1], noisy[2]]
+  clean, noisy = losses(ONE, 1.0), losses(ONE, -2.0)
+  assert losses(BOTH, 1.0, -2.0) == [clean[0], noisy[1], noisy[2]]
+
+
+def test_levels_of_two_experts_share_no_gradient():
+  evaluator = TaskAffinity(DATA, levels=4, batch_size=10, sketch=None)
+  found = evaluator.run(BOTH, params_of(1.0, -2.0), seed=0)
+  # Of one number, gradients agree wholly.
+  want = {'near': 2 / 3, 'all': 2 / 6, 'least': 0.0}
+  for name, value in want.items():
+    np.testing.assert_allclose(found[f'affinity_4x10_{name}'], value)

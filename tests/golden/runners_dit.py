@@ -43,18 +43,7 @@ def run_a_dit_posembed(meta: dict, arrays: dict) -> dict:
 
 def run_a_dit_forward(meta: dict, arrays: dict) -> dict:
   cfg = meta['config']
-  model = DiT(
-    width=cfg['hidden_size'],
-    depth=cfg['depth'],
-    heads=cfg['num_heads'],
-    mlp_ratio=cfg['mlp_ratio'],
-    patch=cfg['patch_size'],
-    input_size=cfg['input_size'],
-    channels=cfg['in_channels'],
-    learn_sigma=cfg['learn_sigma'],
-    num_classes=cfg['num_classes'],
-    label_dropout=cfg['class_dropout_prob'],
-  )
+  model = released.dit(cfg)
   x, t, y = last(arrays['in/x']), arrays['in/t'], arrays['in/y']
   t_frac, forced = arrays['in/t_frac'], arrays['in/force_drop_ids'] == 1
   params = released.dit_params(model, arrays)

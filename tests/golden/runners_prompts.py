@@ -11,11 +11,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import released
 from released import first, last
 
 from vfm_jax import convert_dmp, guidance, samplers
 from vfm_jax.models import prompts
-from vfm_jax.models.dit import DiT
 from vfm_jax.nn import adaln, transformer
 from vfm_jax.objectives.balance import Balance
 from vfm_jax.ops import gating, noise
@@ -84,25 +84,18 @@ def run_g_dmp_misc(meta: dict, arrays: dict) -> dict:
 
 
 def patched(cfg):
-  dropout = 0.0 if cfg['uncond'] else 0.1
-  return DiT(
-    width=cfg['hidden_size'],
-    depth=cfg['depth'],
-    heads=cfg['num_heads'],
-    patch=cfg['patch_size'],
-    input_size=cfg['input_size'],
-    channels=cfg['in_channels'],
-    learn_sigma=cfg.get('learn_sigma', True),
-    num_classes=1 if cfg['uncond'] else cfg['num_classes'],
-    label_dropout=cfg.get('class_dropout_prob', dropout),
-    hooks=prompts.dmp(
-      cfg['num_tokens'],
-      mode=cfg['vp_type'],
-      kind='PT' if cfg['gate_type'] == 'PT' else 'DMP',
-      top=cfg['topk'],
-      depth=cfg['pt_depth'],
-    ),
+  hooks = prompts.dmp(
+    cfg['num_tokens'],
+    mode=cfg['vp_type'],
+    kind='PT' if cfg['gate_type'] == 'PT' else 'DMP',
+    top=cfg['topk'],
+    depth=cfg['pt_depth'],
   )
+  fields = {}
+  if cfg['uncond']:
+    dropout = cfg.get('class_dropout_prob', 0.0)
+    fields = dict(num_classes=1, label_dropout=dropout)
+  return released.dit(cfg, hooks, **fields)
 
 
 def parameters(model, arrays):

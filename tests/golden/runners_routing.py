@@ -15,7 +15,6 @@ from released import first, last
 
 from vfm_jax import convert_dit, guidance, samplers
 from vfm_jax.models import switch
-from vfm_jax.models.dit import DiT
 from vfm_jax.models.routing import Routing
 from vfm_jax.nn import adaln
 from vfm_jax.nn.transformer import stack_blocks, stack_sown
@@ -38,25 +37,6 @@ def run_d_dtr_masks(meta: dict, arrays: dict) -> dict:
     out[f'{name}_start'] = routing.starts(channels, width, **shape)
     out[f'{name}_width'] = np.asarray(width)
   return out
-
-
-def build(cfg, hooks, **fields):
-  return DiT(
-    **{
-      'width': cfg['hidden_size'],
-      'depth': cfg['depth'],
-      'heads': cfg['num_heads'],
-      'mlp_ratio': cfg['mlp_ratio'],
-      'patch': cfg['patch_size'],
-      'input_size': cfg['input_size'],
-      'channels': cfg['in_channels'],
-      'learn_sigma': cfg['learn_sigma'],
-      'num_classes': cfg['num_classes'],
-      'label_dropout': cfg['class_dropout_prob'],
-      **fields,
-    },
-    hooks=hooks,
-  )
 
 
 def forward_of(model):
@@ -109,7 +89,7 @@ def guided(forward, model, params, cfg, arrays):
 def run_d_dtr_forward(meta: dict, arrays: dict) -> dict:
   cfg = meta['config']
   hook = Routing(alpha=cfg['alpha'], beta=cfg['ratio'])
-  model = build(cfg, adaln.Hooks(mask=hook))
+  model = released.dit(cfg, adaln.Hooks(mask=hook))
   x, t, y = last(arrays['in/x']), arrays['in/t'], arrays['in/y']
   params = released.dit_params(model, arrays)
   forward = forward_of(model)
@@ -125,7 +105,7 @@ def run_d_dtr_forward(meta: dict, arrays: dict) -> dict:
   total, grads = jax.jit(jax.value_and_grad(loss))(stacked)
   grads = convert_dit.to_dit(grads, fast)
   drop = arrays['in/drop_uniform'] < cfg['class_dropout_prob']
-  single = build(cfg, adaln.Hooks(), num_classes=1, label_dropout=0.0)
+  single = released.dit(cfg, num_classes=1, label_dropout=0.0)
   zero = jnp.zeros(1)
   shapes = jax.eval_shape(
     single.init, jax.random.key(0), x[:1], zero, zero.astype(jnp.int32)
@@ -178,7 +158,7 @@ def loops(model, params, arrays, y):
 
 def run_e_switch_dit(meta: dict, arrays: dict) -> dict:
   cfg = meta['config']
-  model = build(cfg, switch.switch(cfg['E'], top_k=cfg['k']))
+  model = released.dit(cfg, switch.switch(cfg['E'], top_k=cfg['k']))
   x, t, y = last(arrays['in/x']), arrays['in/t'], arrays['in/y']
   params = released.dit_params(model, arrays)
   forward = forward_of(model)

@@ -6,13 +6,12 @@ library computes for every array to check, driven by the sidecar.
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import released
 
 from vfm_jax import convert
 from vfm_jax.models.encoders import VideoViT
@@ -142,7 +141,7 @@ def _pretrain(meta, arrays):
     **_heads_of(arrays, 'out/labels_raw_first_token', raw_out.target),
     **_heads_of(arrays, 'out/pred_no_decoder_mask_first', plain_out.pred),
     **_intermediates(objective, params, video, mask, out),
-    **_grads(arrays, state, params, grads),
+    **released.gradients(arrays, grads, convert.sources, state),
   }
 
 
@@ -222,7 +221,7 @@ def _finetune(meta, arrays):
       ).mean()
 
     out['out/loss'], grads = jax.jit(jax.value_and_grad(loss))(params)
-    out |= _grads(arrays, state, params, grads)
+    out |= released.gradients(arrays, grads, convert.sources, state)
     if learnt:
       assert not np.any(grads['encoder']['pos_embed'])
   return out
@@ -264,40 +263,3 @@ def _flat_mask(mask):
 
 def _weights(arrays):
   return {k[2:]: v for k, v in arrays.items() if k.startswith('w/')}
-
-
-def _grads(arrays, state, params, grads):
-  """Return our gradients for the recorded ones, by official name.
-
-  A full gradient of ours is given in the official layout, by inverting the
-  conversion on the positions of the entries.
-  """
-  flat = _flatten(grads)
-  by_name = {
-    source.names[0]: (path, source)
-    for path, source in convert.sources(tuple(flat), state).items()
-  }
-  out = {}
-  for name in arrays:
-    kind, _, key = name.partition('/')
-    if kind not in ('grad', 'gradnorm'):
-      continue
-    path, source = by_name[key]
-    grad = np.asarray(flat[path], np.float64)
-    if kind == 'gradnorm':
-      out[name] = math.sqrt(np.square(grad).sum())
-      continue
-    shape = arrays[name].shape
-    numbers = np.arange(grad.size).reshape(shape)
-    places = source.convert(numbers, grad.shape)
-    official = np.empty(grad.size)
-    official[places.ravel()] = grad.ravel()
-    out[name] = official.reshape(shape)
-  return out
-
-
-def _flatten(tree):
-  return {
-    re.sub(r"\['?([^'\]]*)'?\]", r'\1/', jax.tree_util.keystr(path))[:-1]: x
-    for path, x in jax.tree_util.tree_leaves_with_path(tree)
-  }

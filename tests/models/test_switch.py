@@ -130,6 +130,21 @@ def test_gates_know_the_level_alone_and_are_not_normalised_again():
   assert used.sum(-1).max() < 1
 
 
+def test_a_sampler_merges_kernels_once_and_training_has_no_branch():
+  def text(tau, **kwargs):
+    apply = lambda p, tau: MODEL.apply(  # noqa: E731
+      {'params': p}, X, TAU * 1.0, Y, tau=tau, **kwargs
+    )
+    return str(jax.make_jaxpr(apply)(PARAMS, tau))
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  assert text(TAU).count('cond[') == DEPTH
+  assert 'cond[' not in text(TAU, keys=keys)
+  # What an example gives does not depend on the levels of the others.
+  alone = run(MODEL, PARAMS, np.full(3, TAU[1]))
+  np.testing.assert_allclose(run(MODEL, PARAMS)[1], alone[1], atol=1e-5)
+
+
 def mask_of(hook, params, x):
   """Return the mask for embeddings [3, D] of their own."""
   batch = RNG.normal(size=(3, WIDTH)).astype(np.float32)

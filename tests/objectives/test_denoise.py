@@ -29,7 +29,8 @@ class Pixelwise(nn.Module):
   """Predict each pixel from itself, the time, the level and the label."""
 
   label_dropout: float = 0.5
-  channels: int = 6
+  channels: int = 3
+  out: int = 6
   num_classes: int = 3
 
   @nn.compact
@@ -40,7 +41,7 @@ class Pixelwise(nn.Module):
     if y is not None:
       y = y if drop is None else jnp.where(drop, 3, y)
       h += table[y].reshape(-1, *(1,) * (x.ndim - 2), 8)
-    return nn.Dense(self.channels)(nn.silu(h))
+    return nn.Dense(self.out)(nn.silu(h))
 
 
 def batch_of(size=8):
@@ -319,7 +320,7 @@ class Diary:
 
 def test_times_are_told_the_mean_loss_of_each_step():
   objective = Denoise(
-    Telling(channels=3),
+    Telling(out=3),
     Gaussian(variance='small'),
     times=Diary(),
     tasks=Intervals((0, 300, 1000)),

@@ -149,7 +149,10 @@ def test_embed_sees_all_tokens(params):
   assert out.shape == (4, 16)
   assert out.dtype == jnp.float32
   one = {k: v[1:2] for k, v in BATCH.items()}
-  np.testing.assert_allclose(obj.embed(params, one)[0], out[1], atol=1e-5)
+  assert isinstance(obj, base.EmbedsTokens)
+  tokens = obj.tokens(params, one)
+  assert tokens.shape == (1, 32, 16)
+  np.testing.assert_allclose(tokens[0].mean(0), out[1], atol=1e-5)
 
 
 def test_visualise(params):

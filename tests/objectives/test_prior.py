@@ -1,16 +1,19 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from vfm_jax import sharding, step
 from vfm_jax.models import switch
 from vfm_jax.models.dit import SIZES, DiT
 from vfm_jax.nn.adaln import Hooks
 from vfm_jax.objectives import base, prior
 from vfm_jax.objectives.denoise import Denoise
-from vfm_jax.objectives.prior import DiffusionPrior
+from vfm_jax.objectives.prior import DiffusionPrior, HeldPrior
 
 L, E, K, B = 3, 3, 2, 4
 RNG = np.random.default_rng(0)
@@ -187,6 +190,51 @@ def test_in_training():
   assert np.any(network['t_embed']['fc1']['kernel'])
   for untouched in (hook['experts'], network['blocks']['attn']):
     assert not any(np.any(g) for g in jax.tree.leaves(untouched))
+
+
+def test_a_matching_is_held_for_some_steps():
+  held = HeldPrior(every=3)
+  assert isinstance(held, base.Holds)
+  seen = [values(seed) for seed in range(5)]
+  refresh, state = jax.jit(held.refresh), held.init(seen[0])
+  matches = []
+  for found in seen:
+    state = refresh(state, found, TAU)
+    matches.append(np.asarray(state.match))
+    # Another microbatch of the step makes the same.
+    again = refresh(state, found, TAU)
+    np.testing.assert_array_equal(again.match, state.match)
+    loss, _ = jax.jit(held)(found, TAU, ONES, state=state)
+    if state.age == 0:
+      want, _ = score(DiffusionPrior(), found)
+      np.testing.assert_allclose(loss, want, rtol=1e-6)
+    state = held.after_update(state)
+  same = [np.array_equal(a, b) for a, b in itertools.pairwise(matches)]
+  assert same == [True, True, False, True]
+  # In evaluation there is no state, and it is matched anew.
+  got, _ = score(held, seen[1])
+  np.testing.assert_allclose(got, score(DiffusionPrior(), seen[1])[0])
+  with pytest.raises(ValueError, match=r'auxiliary\.every` of 1 or more'):
+    HeldPrior(every=0)
+
+
+@pytest.mark.slow
+def test_a_held_matching_is_part_of_the_state():
+  task = objective(HeldPrior(every=2), switch.switch(E, top_k=K))
+  tx = optax.sgd(0.1)
+  make = lambda: step.init_state(task, tx, 0, BATCH)  # noqa: E731
+  state = jax.jit(make)()
+  mesh = sharding.make_mesh(sharding.Mesh())
+  sharding.infer(jax.eval_shape(make), mesh)
+  run = jax.jit(step.make_train_step(task, tx, accum=2))
+  ages = []
+  for _ in range(3):
+    state, metrics = run(state, BATCH)
+    ages.append(int(state.extra['auxiliary'].age))
+    assert np.isfinite(metrics['loss'])
+  assert ages == [1, 0, 1]
+  match = np.asarray(state.extra['auxiliary'].match)
+  assert sorted(match) == list(range(2 * E))
 
 
 def test_a_network_without_gates_is_refused():

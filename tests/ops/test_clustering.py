@@ -1,6 +1,7 @@
 import itertools
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from vfm_jax import config
 from vfm_jax.ops import clustering, noise
 from vfm_jax.ops.clustering import affinity_cost, cluster, sequence_cost
 from vfm_jax.ops.curriculum import Curriculum
+from vfm_jax.ops.interpolants import Interpolant, logit_normal
 from vfm_jax.ops.intervals import uniform
 from vfm_jax.ops.strata import Stratified
 
@@ -139,3 +141,27 @@ def test_refuses():
     cluster(cost, 4, 'official')
   with pytest.raises(ValueError, match='each of 4 positions, found 1000'):
     cluster(cost, 2).intervals()
+
+
+def test_equally_likely_intervals():
+  found = clustering.by_density(20)
+  assert found.count == 20
+  # sigma / (1 + sigma) of levels is what the linear path has.
+  rng = np.random.default_rng(0)
+  sigma = np.exp(-1.2 + 1.2 * rng.normal(size=200_000))
+  levels = np.rint(sigma / (1 + sigma) * 999)
+  shares = np.histogram(levels, found.bounds)[0] / len(levels)
+  np.testing.assert_allclose(shares, 1 / 20, atol=0.004)
+  # A logit-normal density is symmetric, and has these for its quantiles.
+  flow = Interpolant(density=logit_normal)
+  even = clustering.by_density(4, mean=0.0, scale=1.0)
+  assert even.bounds[1] + even.bounds[3] == even.bounds[2] * 2 == 1000
+  t = jax.jit(flow.draw_time)(jax.random.split(jax.random.key(0), 20_000))
+  shares = np.bincount(even.of(flow.noise_index(t))) / len(t)
+  np.testing.assert_allclose(shares, 1 / 4, atol=0.01)
+  # Of a schedule it is the level where the noise is as strong.
+  half = clustering.by_density(2, mean=0.0, schedule=noise.linear).bounds[1]
+  ratio = clustering.log_snr()[[half - 1, half]]
+  assert ratio[0] > 0 > ratio[1]
+  with pytest.raises(ValueError, match='without an empty interval'):
+    clustering.by_density(800)

@@ -80,6 +80,18 @@ def test_experts_over_a_mesh():
     check('parallel', (B, N))
 
 
+def test_kernels_are_merged_once_for_examples_that_are_alike():
+  gates = np.tile(gates_of(1), (B, 1))
+  mix = jax.jit(functools.partial(moe.mix, X, KERNEL, BIAS, impl='merged'))
+  close(mix(gates, alike=np.True_), plain(X, KERNEL, BIAS, gates))
+  other = gates_of(B)
+  close(mix(other, alike=np.False_), plain(X, KERNEL, BIAS, other))
+  # The kernels of the first example are those of all.
+  kernel = np.einsum('e,edf->df', other[0], KERNEL)
+  want = X @ kernel + (other @ BIAS)[:, None]
+  close(mix(other, alike=np.True_), want)
+
+
 def test_what_is_taken_by_default():
   for lead, impl in (((B,), 'merged'), ((B, N), 'dense')):
     args = X, KERNEL, BIAS, gates_of(*lead)

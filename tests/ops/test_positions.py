@@ -42,6 +42,15 @@ def test_sincos_columns_code_their_axis():
   np.testing.assert_array_equal(flat[:6], flat[6:])
 
 
+def test_sincos_3d_is_the_table_of_vjepa():
+  for dim, total in ((1024, 754_948.13657), (384, 282_557.42167)):
+    table = positions.sincos_3d((8, 14, 14), dim)
+    assert table.sum() == pytest.approx(total, abs=1e-4)
+    a = 2 * -(-dim // 6)
+    for token, column in ((196, 0), (14, a), (1, 2 * a)):
+      assert table[token, column] == pytest.approx(0.84147098, abs=1e-8)
+
+
 def test_fit_table_interpolates_and_takes_images():
   ramp = np.arange(4.0).repeat(4)[:, None].astype(np.float32)
   out = positions.fit_table(ramp, (4, 2, 2), (2, 2, 2))

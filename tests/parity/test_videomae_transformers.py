@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from vfm_jax import convert
+from vfm_jax import convert, readers
 from vfm_jax.models.encoders import VideoViT
 from vfm_jax.models.predictors import PixelDecoder
 from vfm_jax.objectives.masked import IMAGENET_MEAN, IMAGENET_STD, Masked
@@ -88,3 +89,79 @@ def test_loss_predictions_and_gradients():
   keys = jax.random.split(jax.random.key(0), 2)
   pred = jax.jit(objective.reconstruct)(params, video, keys).pred
   np.testing.assert_allclose(pred, out.logits.detach().numpy(), atol=1e-4)
+
+
+def test_logits_and_gradients_of_the_fine_tuned_classifier():
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  config = transformers.VideoMAEConfig(
+    image_size=32,
+    patch_size=8,
+    num_frames=4,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=192,
+    layer_norm_eps=1e-6,
+    use_mean_pooling=True,
+    num_labels=7,
+  )
+  theirs = transformers.VideoMAEForVideoClassification(config).eval()
+  theirs.fc_norm.eps = 1e-6  # the released model's; not configurable
+  with torch.no_grad():
+    for p in theirs.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  rng = np.random.default_rng(0)
+  video = rng.normal(size=(2, 4, 32, 32, 3)).astype(np.float32)
+  labels = np.array([3, 5])
+  out = theirs(
+    torch.tensor(video.transpose(0, 1, 4, 2, 3)), labels=torch.tensor(labels)
+  )
+  out.loss.backward()
+
+  model = VideoViT(
+    width=48,
+    depth=2,
+    heads=4,
+    patch=8,
+    frames=4,
+    image_size=32,
+    pooling='mean',
+    norm='pooled',
+    num_classes=7,
+  )
+  shapes = jax.eval_shape(model.init, jax.random.key(0), video)['params']
+  state, grads = (
+    {name: value(p).numpy() for name, p in theirs.named_parameters()}
+    for value in (lambda p: p.detach(), lambda p: p.grad)
+  )
+  params = readers.videomae(state, shapes, model)
+  want = readers.videomae(grads, shapes, model)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(params):
+    logits = model.apply({'params': params}, video)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean()
+
+  value, grads = loss(params)
+  np.testing.assert_allclose(value, out.loss.item(), rtol=1e-4)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()
+    ),
+    grads,
+    want,
+  )
+  # Without the head it is an encoder: the vector is what the head sees.
+  encoder = model.clone(num_classes=0)
+  del shapes['head']
+  vector = encoder.apply(
+    {'params': readers.videomae(state, shapes, encoder)}, video
+  )
+  kernel, bias = state['classifier.weight'], state['classifier.bias']
+  np.testing.assert_allclose(
+    vector @ kernel.T + bias, out.logits.detach().numpy(), atol=1e-4
+  )

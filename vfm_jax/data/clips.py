@@ -200,6 +200,67 @@ def segment_train(
   return np.arange(frames) * length + rng.integers(0, length, frames)
 
 
+def umt_train(
+  num_frames: int, fps: float, rng: np.random.Generator, *, frames: int = 8
+) -> np.ndarray:
+  """Take one random frame from each of `frames` equal segments (UMT).
+
+  With s = n / frames, frame i is uniform in [round(i s), round((i + 1) s)),
+  halves to even, and at least the first of those; none is past the last frame.
+
+  Returns:
+    int64 [frames], ascending.
+  """
+  del fps
+  edges = np.round(np.arange(frames + 1) * num_frames / frames)
+  edges = edges.astype(np.int64)
+  chosen = rng.integers(edges[:-1], np.maximum(edges[1:], edges[:-1] + 1))
+  return np.minimum(chosen, num_frames - 1)
+
+
+def vjepa_train(
+  num_frames: int,
+  fps: float,
+  rng: np.random.Generator,
+  *,
+  frames: int = 16,
+  stride: int = 4,
+  rate: int | None = None,
+) -> np.ndarray:
+  """Spread `frames` indices over a random window (V-JEPA, V-JEPA 2).
+
+  A window of w = frames * stride frames holds both of its ends: the positions
+  are s + i w / (frames - 1), rounded down, and the last, which is past the
+  window, becomes the last frame of it: the true step is above the stride. A
+  video of at most w frames is spread over in steps of about the stride, and
+  its last frame is repeated.
+
+  Args:
+    num_frames: frames in the video, n.
+    fps: frames a second, for `rate`.
+    rng: places the window.
+    frames: frames of the clip.
+    stride: frames of the video for one of the clip.
+    rate: frames a second of the clip, instead: the stride is ceil(fps) // rate,
+      at least 1 (V-JEPA 2).
+
+  Returns:
+    int64 [frames], ascending.
+  """
+  if rate is not None:
+    stride = max(int(np.ceil(fps)) // rate, 1)
+  window = frames * stride
+  if num_frames > window:
+    start = int(rng.integers(window, num_frames)) - window
+    spread = np.linspace(start, start + window, frames)
+    return np.minimum(spread, start + window - 1).astype(np.int64)
+  count = num_frames // stride
+  spread = np.linspace(0, num_frames, count)
+  rest = np.full(frames - count, num_frames)
+  indices = np.concatenate([spread, rest])
+  return np.minimum(indices, num_frames - 1).astype(np.int64)
+
+
 def segment_test(
   num_frames: int,
   fps: float,

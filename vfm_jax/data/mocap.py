@@ -3,7 +3,8 @@
 pybullet ships 15 recorded human motions and a humanoid to play them on. Each
 motion is rendered from many camera angles with the software renderer, once,
 and cached; all examples look alike, so the action must be read from motion and
-pose. Validation sees other angles than training.
+pose, while a single frame tells from which side it is seen. Validation sees
+other angles than training.
 """
 
 import dataclasses
@@ -42,7 +43,9 @@ _RENDER_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class MocapClips:
-  """Cut windows out of rendered motions; label `action`.
+  """Cut windows out of rendered motions; labels `action` and `view`.
+
+  The view is the quarter of the circle in which the camera stands, 0 to 3.
 
   Attributes:
     split: `train` uses `angles`, `val` uses `val_angles`.
@@ -82,7 +85,7 @@ class MocapClips:
   @property
   def label_names(self) -> tuple[str, ...]:
     """Names of the labels."""
-    return ('action',)
+    return ('action', 'view')
 
   def __len__(self) -> int:
     return len(self.actions) * len(self._angles) * self.phases
@@ -93,7 +96,7 @@ class MocapClips:
     action, angle = divmod(rest, len(self._angles))
     return video.Video(
       f'{self.actions[action]}/{self._angles[angle]:g}/{phase}',
-      {'action': action},
+      {'action': action, 'view': int(self._angles[angle] % 360 // 90)},
       functools.partial(
         _open, self, self.actions[action], self._angles[angle], phase
       ),

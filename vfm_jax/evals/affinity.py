@@ -8,8 +8,6 @@ makes intervals of it.
 
 import dataclasses
 import functools
-import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +18,8 @@ import numpy as np
 from vfm_jax.data.latent_pipeline import LatentPipeline
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.evals import level_plots
-from vfm_jax.evals.base import Held, to_host
-from vfm_jax.evals.levels import batches_of, check_denoiser, loss_at
+from vfm_jax.evals.base import Held, Writes, to_host
+from vfm_jax.evals.levels import as_denoiser, batches_of, loss_at
 from vfm_jax.objectives.base import Batch, PyTree
 from vfm_jax.objectives.denoise import Denoise
 from vfm_jax.ops.process import NOISE_LEVELS, check_reachable
@@ -115,8 +113,11 @@ def _fold(x: jax.Array, key: jax.Array, size: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskAffinity:
+class TaskAffinity(Writes):
   """Measure the affinity of noise levels; satisfies `evals.base.Evaluator`.
+
+  It writes `affinity.npz`, of `levels` [L] and `affinity` [L, L], for
+  `ops.clustering.by_affinity`, and its picture `affinity.png`.
 
   Attributes:
     data: examples whose loss it is.
@@ -124,9 +125,7 @@ class TaskAffinity:
     count: number of examples; None is all.
     batch_size: examples at a time.
     sketch: see `gradient_affinity`.
-    folder: where to write `affinity.npz`, of `levels` [L] and `affinity`
-      [L, L], and its picture `affinity.png`, anew at each evaluation; None
-      writes nothing.
+    folder: see `Writes`.
   """
 
   data: Pipeline | LatentPipeline
@@ -134,7 +133,6 @@ class TaskAffinity:
   count: int | None = 1000
   batch_size: int = 100
   sketch: int | None = 4096
-  folder: str | None = None
 
   def __post_init__(self):
     if not 2 <= self.levels <= NOISE_LEVELS:
@@ -162,7 +160,7 @@ class TaskAffinity:
     two, and `least` the smallest.
 
     Args:
-      objective: a `Denoise`.
+      objective: a `Denoise`, or `Experts`.
       params: its parameters.
       seed: see `gradient_affinity`.
       mesh: splits batches over it; None uses one device.
@@ -171,7 +169,7 @@ class TaskAffinity:
       TypeError: the objective is another.
       ValueError: see `gradient_affinity`.
     """
-    check_denoiser(objective, type(self).__name__)
+    objective, params = as_denoiser(objective, params, type(self).__name__)
     at = np.rint(np.linspace(0, NOISE_LEVELS - 1, self.levels)).astype(int)
     found = gradient_affinity(
       objective,
@@ -181,29 +179,14 @@ class TaskAffinity:
       seed=seed,
       sketch=self.sketch,
     )
-    if self.folder is not None and jax.process_index() == 0:
-      save_affinity(found, at, self.folder)
+    if folder := self.made():
+      np.savez(folder / 'affinity.npz', levels=at, affinity=found)
+      level_plots.affinity_map(found, at, folder / 'affinity.png')
     pairs = found[np.triu_indices(len(at), 1)]
-    name = f'affinity_{len(at)}x{self.count or self.data.num_examples}'
+    there = self.data.num_examples
+    name = f'affinity_{len(at)}x{min(self.count or there, there)}'
     return {
       f'{name}_near': float(np.diagonal(found, 1).mean()),
       f'{name}_all': float(pairs.mean()),
       f'{name}_least': float(pairs.min()),
     }
-
-
-def save_affinity(
-  affinity: np.ndarray, at: np.ndarray, folder: str | os.PathLike
-) -> tuple[pathlib.Path, pathlib.Path]:
-  """Write `affinity.npz` and `affinity.png` to a folder; return the paths.
-
-  Args:
-    affinity: [L, L].
-    at: the noise levels [L].
-    folder: made if it is not there.
-  """
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  numbers, picture = folder / 'affinity.npz', folder / 'affinity.png'
-  np.savez(numbers, levels=np.asarray(at), affinity=affinity)
-  return numbers, level_plots.affinity_map(affinity, at, picture)

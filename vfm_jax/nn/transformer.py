@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,19 +14,38 @@ from flax.linen.dtypes import promote_dtype
 
 from vfm_jax import trees
 from vfm_jax.nn import layers
-from vfm_jax.ops import linear
+from vfm_jax.nn.adapters import Adapter
+from vfm_jax.ops import linear, rope
 from vfm_jax.ops.attention import attention
 from vfm_jax.ops.keys import fold
 
 QkvBias = Literal['none', 'qv', 'full']
 Remat = Literal['none', 'full', 'dots']
+# The MLP of a block: fc1, GELU, fc2; or gated, of the width that is given or
+# of 2/3 of it, rounded up to a multiple of 8, which has about as many weights.
+Gate = Literal['none', 'full', 'two_thirds']
 
 # exp(4.6052) = 100: the largest logit scale of cosine attention.
 _MAX_LOG_SCALE = 4.6052
 
 
+class Placement(flax.struct.PyTreeNode):
+  """Say where tokens are and which of them see each other.
+
+  Attributes:
+    rotation: turns queries and keys, see `ops.rope`; None turns nothing.
+    mask: bool, broadcastable to [B, H, N, N], True = may attend; None for all.
+  """
+
+  rotation: rope.Rotation | None = None
+  mask: jax.Array | None = None
+
+
 class Attention(nn.Module):
   """Attend jointly over all tokens, with one fused qkv kernel [D, 3, H, D/H].
+
+  Asked for the collection 'attention', it sows `first_query`, f32 [B, N]: what
+  the first token attends to, the mean over the heads.
 
   Attributes:
     heads: number of heads.
@@ -36,6 +56,7 @@ class Attention(nn.Module):
     impl: attention implementation, see `ops.attention`.
     dtype: compute type.
     kernel_init: initialiser of the kernels.
+    out_init: initialiser of the last one; None for `kernel_init`.
   """
 
   heads: int
@@ -44,10 +65,14 @@ class Attention(nn.Module):
   impl: str = 'auto'
   dtype: layers.Dtype = 'float32'
   kernel_init: nn.initializers.Initializer = layers.xavier_uniform()
+  out_init: nn.initializers.Initializer | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, placement: Placement | None = None
+  ) -> jax.Array:
     """Return [B, N, D] of x [B, N, D]."""
+    placement = placement or Placement()
     b, n, dim = x.shape
     if dim % self.heads:
       raise ValueError(
@@ -68,17 +93,23 @@ class Attention(nn.Module):
       v_bias = self.param('v_bias', zeros, (dim,))
       q = q + q_bias.astype(q.dtype).reshape(shape)
       v = v + v_bias.astype(v.dtype).reshape(shape)
+    if placement.rotation is not None:
+      q, k = (rope.rotate(y, placement.rotation) for y in (q, k))
     scale = None
     if self.cosine:
       start = nn.initializers.constant(math.log(10.0))
       log_scale = self.param('log_scale', start, (self.heads,))
       factor = jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE))
-      q = (_unit(q) * factor[:, None]).astype(q.dtype)
-      k = _unit(k).astype(k.dtype)
+      q = (layers.unit(q) * factor[:, None]).astype(q.dtype)
+      k = layers.unit(k).astype(k.dtype)
       scale = 1.0
-    out = attention(q, k, v, scale=scale, impl=self.impl)
+    asked = self.is_mutable_collection('attention')
+    if asked and not self.is_initializing():
+      self.sow('attention', 'first_query', _first_query(q, k, scale))
+    out = attention(q, k, v, mask=placement.mask, scale=scale, impl=self.impl)
+    out_init = self.out_init or self.kernel_init
     return layers.Dense(
-      dim, dtype=self.dtype, kernel_init=self.kernel_init, name='proj'
+      dim, dtype=self.dtype, kernel_init=out_init, name='proj'
     )(out.reshape(b, n, dim))
 
 
@@ -129,9 +160,14 @@ class Block(nn.Module):
     layer_scale: initial value of learned per-channel factors of both
       branches; 0 for none.
     norm_eps: epsilon of the LayerNorms.
+    gelu: see `nn.layers.Mlp`.
     impl: attention implementation.
     dtype: compute type.
     kernel_init: initialiser of the kernels.
+    out_init: initialiser of the last kernel of each branch; None for
+      `kernel_init`. A gated MLP has its own, `kernel_init`.
+    gate: see `Gate`.
+    adapter: width of an `nn.adapters.Adapter` beside the MLP; 0 for none.
   """
 
   heads: int
@@ -140,14 +176,21 @@ class Block(nn.Module):
   cosine: bool = False
   layer_scale: float = 0.0
   norm_eps: float = 1e-6
+  gelu: layers.Gelu = 'erf'
   impl: str = 'auto'
   dtype: layers.Dtype = 'float32'
   kernel_init: nn.initializers.Initializer = layers.xavier_uniform()
+  out_init: nn.initializers.Initializer | None = None
+  gate: Gate = 'none'
+  adapter: int = 0
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
+    placement: Placement | None = None,
+    layer: int | jax.Array = 0,
+    *,
     drop_path: float | jax.Array = 0.0,
     keys: jax.Array | None = None,
   ) -> jax.Array:
@@ -155,17 +198,43 @@ class Block(nn.Module):
 
     Args:
       x: [B, N, D].
+      placement: where the tokens are and what they see; None for anywhere
+        and everything.
+      layer: number of the block, which changes nothing.
       drop_path: probability to drop each branch.
       keys: one key an example [B]; None drops nothing.
     """
-    shared = dict(dtype=self.dtype, kernel_init=self.kernel_init)
-    attn = Attention(
-      self.heads, self.qkv_bias, self.cosine, self.impl, name='attn', **shared
+    del layer
+    shared: dict[str, Any] = dict(
+      dtype=self.dtype, kernel_init=self.kernel_init
     )
-    mlp = layers.Mlp(self.mlp_width, name='mlp', **shared)
-    for i, branch in enumerate((attn, mlp), 1):
+    attn = Attention(
+      self.heads,
+      self.qkv_bias,
+      self.cosine,
+      self.impl,
+      out_init=self.out_init,
+      name='attn',
+      **shared,
+    )
+    if self.gate == 'none':
+      mlp = layers.Mlp(
+        self.mlp_width,
+        gelu=self.gelu,
+        out_init=self.out_init,
+        name='mlp',
+        **shared,
+      )
+    else:
+      width = gated_width(self.mlp_width, self.gate)
+      mlp = layers.GatedMlp(width, name='mlp', **shared)
+    branches = (lambda h: attn(h, placement), mlp)
+    for i, branch in enumerate(branches, 1):
       norm = layers.LayerNorm(self.norm_eps, self.dtype, name=f'norm{i}')
-      y = branch(norm(x))
+      h = norm(x)
+      y = branch(h)
+      if self.adapter and i == 2:
+        y = y + Adapter(self.adapter, dtype=self.dtype, name='adapter')(h)
       if self.layer_scale > 0:
         start = nn.initializers.constant(self.layer_scale)
         gamma = self.param(f'gamma_{i}', start, (x.shape[-1],))
@@ -177,6 +246,11 @@ class Block(nn.Module):
     return x
 
 
+def gated_width(width: int, gate: Gate) -> int:
+  """Return the width of both hidden layers of a gated MLP, see `Gate`."""
+  return width if gate == 'full' else -(-int(2 * width / 3) // 8) * 8
+
+
 class Stack(nn.Module):
   """Apply `depth` blocks; their parameters are in the parent's scope.
 
@@ -185,7 +259,8 @@ class Stack(nn.Module):
   `unstack_blocks` change one into the other.
 
   A block may be conditioned: with `cond` it is called as
-  block(x, cond, layer), and each block gets the same `cond`.
+  block(x, cond, layer), and each block gets the same `cond`; for a `Block` it
+  is a `Placement`.
 
   Attributes:
     depth: number of blocks.
@@ -274,7 +349,7 @@ class Stack(nn.Module):
     in_axes: Any = (0, 0, nn.broadcast)
     loop = nn.scan(
       step,
-      variable_axes={'params': 0, 'aux': 0},
+      variable_axes={'params': 0, 'aux': 0, 'attention': 0},
       split_rngs={'params': True},
       in_axes=in_axes,
       length=self.depth,
@@ -314,6 +389,31 @@ def unstack_blocks(params: Mapping[str, Any]) -> dict[str, Any]:
   return out
 
 
+def rescale_residual(params: Mapping[str, Any]) -> dict[str, Any]:
+  """Divide the last kernels of both branches of block l by sqrt(2 l), l >= 1.
+
+  Applied to initial parameters, it keeps the variance of the sum from growing
+  with the depth (BEiT, V-JEPA 2). In a gated MLP the value's kernel stands for
+  the last one: the branch is linear in either.
+
+  Args:
+    params: parameters with unrolled or scanned blocks, at any depth.
+  """
+
+  def scale(path: str, x: jax.Array) -> jax.Array:
+    if not re.search(r'(attn/proj|mlp/fc2)/kernel$', path):
+      return x
+    if trees.STACKED.search(path):
+      layer = jnp.arange(1, len(x) + 1, dtype=x.dtype)[:, None, None]
+    elif number := re.search(r'(?:^|/)blocks_(\d+)/', path):
+      layer = int(number[1]) + 1
+    else:
+      return x
+    return x / jnp.sqrt(2.0 * layer)
+
+  return trees.map_with_path(scale, params)
+
+
 def stack_sown(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
   """Return what modules sowed, by name: [L, ...] in the order of the layers.
 
@@ -345,8 +445,9 @@ def stack_sown(sown: Mapping[str, Any]) -> dict[str, jax.Array]:
   return {name: jnp.concatenate(values) for name, values in found.items()}
 
 
-def _unit(x: jax.Array) -> jax.Array:
-  """Return x [..., D] at unit length, in float32."""
-  x = x.astype(jnp.float32)
-  square = jnp.square(x).sum(-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+def _first_query(q, k, scale) -> jax.Array:
+  """Return the attention f32 [B, N] of the first token, over all heads."""
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  q, k = q[:, 0].astype(jnp.float32), k.astype(jnp.float32)
+  logits = scale * jnp.einsum('bhd,bnhd->bhn', q, k)
+  return jax.nn.softmax(logits, axis=-1).mean(1)

@@ -82,6 +82,15 @@ class Embeds(Protocol):
 
 
 @runtime_checkable
+class EmbedsTokens(Protocol):
+  """Optional: produce all tokens of a clip, for probes that attend."""
+
+  def tokens(self, params: PyTree, batch: Batch) -> jax.Array:
+    """Return f32 [B, n, D]: all tokens, after the encoder's final norm."""
+    ...
+
+
+@runtime_checkable
 class Denoises(Protocol):
   """Optional: what a network says about noisy samples, for the samplers."""
 
@@ -125,6 +134,28 @@ class Auxiliary(Protocol):
 
 
 @runtime_checkable
+class Holds(Protocol):
+  """Optional: an `Auxiliary` that holds a result over several steps.
+
+  It is called with `state`, too, where there is one: in training.
+  """
+
+  def init(self, values: Mapping[str, jax.Array]) -> PyTree:
+    """Return the state before the first step, from the shapes of values."""
+    ...
+
+  def refresh(
+    self, state: PyTree, values: Mapping[str, jax.Array], tau: jax.Array
+  ) -> PyTree:
+    """Return the state that a microbatch is scored with."""
+    ...
+
+  def after_update(self, state: PyTree) -> PyTree:
+    """Return the state after a step."""
+    ...
+
+
+@runtime_checkable
 class Checks(Protocol):
   """Optional: look at what comes to a host before it goes to the devices."""
 
@@ -133,6 +164,36 @@ class Checks(Protocol):
 
     Raises:
       ValueError: a value is one that the compiled step could not complain of.
+    """
+    ...
+
+
+@runtime_checkable
+class Averages(Protocol):
+  """Optional: keep an average in `extra`, and evaluate with it."""
+
+  def restart(self, extra: PyTree, params: PyTree) -> PyTree:
+    """Return `extra` as it is where a run starts from these parameters."""
+    ...
+
+  def evaluated(self, params: PyTree, extra: PyTree) -> PyTree:
+    """Return the parameters that evaluations and embeddings use."""
+    ...
+
+
+@runtime_checkable
+class Converts(Protocol):
+  """Optional: know the layout of released files, for the `convert` verb."""
+
+  def converted(self, state: Mapping[str, Any], template: PyTree) -> PyTree:
+    """Return the parameters of a file, of the structure of the template.
+
+    Args:
+      state: its tensors by name.
+      template: parameters, or their shapes.
+
+    Raises:
+      ConversionError: a tensor is missing, left over or of another shape.
     """
     ...
 

@@ -69,13 +69,27 @@ class Denoise:
   def init(
     self, rng: jax.Array, batch: base.Batch
   ) -> tuple[base.PyTree, base.PyTree]:
-    """Return the parameters {'denoiser'} and the state of `times`."""
-    x = self._samples(batch)[:1]
+    """Return the parameters {'denoiser'} and the states of what has some.
+
+    Raises:
+      ValueError: the samples do not have the channels of the denoiser.
+    """
+    x = self.clean(batch)[:1]
+    if x.shape[-1] != (channels := self.denoiser.channels):
+      raise ValueError(
+        f'expected batch[{self.data!r}] of {channels} channels '
+        f'(`objective.denoiser.channels`), found shape {x.shape}; change it, '
+        'or what `data.train` yields: the `source` and `shape` of a '
+        'LatentPipeline'
+      )
     zero = jnp.zeros((1,), jnp.int32)
     y = None if self._labels(batch) is None else zero
     time = zero.astype(jnp.float32)
     variables = self.denoiser.init(rng, x, time, y, tau=zero)
     extra = {} if self.times is None else {'times': self.times.init()}
+    if isinstance(self.auxiliary, base.Holds):
+      values = _Sown(stack_sown(variables.get('aux') or {}))
+      extra['auxiliary'] = self.auxiliary.init(values)
     return {'denoiser': variables['params']}, extra
 
   def loss(
@@ -106,7 +120,7 @@ class Denoise:
     Raises:
       ValueError: `auxiliary` asks for what nothing sows.
     """
-    x0, y = self._samples(batch), self._labels(batch)
+    x0, y = self.clean(batch), self._labels(batch)
     keys = base.example_keys(rng, batch)
     times = self.times if train else None
     if times is None:
@@ -144,8 +158,11 @@ class Denoise:
       metrics[f'loss_bin{i}'] = mean(losses * (place == i))
     aux = jnp.zeros((), jnp.float32)
     if self.auxiliary is not None:
-      values = _Sown(stack_sown(sown))
-      aux, named = self.auxiliary(values, level, weight)
+      values, held = _Sown(stack_sown(sown)), {}
+      if train and isinstance(self.auxiliary, base.Holds):
+        state = self.auxiliary.refresh(extra['auxiliary'], values, level)
+        extra, held = {**extra, 'auxiliary': state}, {'state': state}
+      aux, named = self.auxiliary(values, level, weight, **held)
       metrics |= named
     members = self._members(level) * weight
     return base.LossOut(
@@ -165,10 +182,13 @@ class Denoise:
   ) -> base.PyTree:
     """Return `extra` with `times` told the mean loss of the whole step."""
     del params, step
-    if not isinstance(self.times, Paced):
-      return extra
-    times = self.times.pace(extra['times'], metrics['denoising'])
-    return {**extra, 'times': times}
+    if isinstance(self.times, Paced):
+      times = self.times.pace(extra['times'], metrics['denoising'])
+      extra = {**extra, 'times': times}
+    if isinstance(self.auxiliary, base.Holds):
+      state = self.auxiliary.after_update(extra['auxiliary'])
+      extra = {**extra, 'auxiliary': state}
+    return extra
 
   def denoise(
     self,
@@ -211,6 +231,26 @@ class Denoise:
       y,
       self.denoiser.null_label,
     )
+
+  def clean(self, batch: base.Batch) -> jax.Array:
+    """Return the samples x0 of a batch, f32 [B, ..., C].
+
+    Raises:
+      ValueError: the batch has none under `data`.
+    """
+    x = batch.get(self.data)
+    if x is None or x.ndim not in (4, 5):
+      found = {
+        k: tuple(v.shape) for k, v in batch.items() if hasattr(v, 'ndim')
+      }
+      raise ValueError(
+        f'expected batch[{self.data!r}] [B, H, W, C] or [B, T, H, W, C], found '
+        f'{found}; change `objective.data` or what `data` yields'
+      )
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return x.astype(jnp.float32)
+    return x.astype(jnp.float32) / 127.5 - 1.0
 
   def check(self, batch: base.Batch) -> None:
     """Refuse labels that the network has no row for.
@@ -302,7 +342,7 @@ class Denoise:
         self.decoder,
       )
       return {}
-    x = self._samples(batch)
+    x = self.clean(batch)
     keys = base.example_keys(rng, batch)
     return {
       'data': self._pictures(params, x),
@@ -335,21 +375,6 @@ class Denoise:
     if not rate:
       return None
     return jax.vmap(lambda key: jax.random.uniform(key) < rate)(keys)
-
-  def _samples(self, batch):
-    x = batch.get(self.data)
-    if x is None or x.ndim not in (4, 5):
-      found = {
-        k: tuple(v.shape) for k, v in batch.items() if hasattr(v, 'ndim')
-      }
-      raise ValueError(
-        f'expected batch[{self.data!r}] [B, H, W, C] or [B, T, H, W, C], found '
-        f'{found}; change `objective.data` or what `data` yields'
-      )
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-      return x.astype(jnp.float32)
-    return x.astype(jnp.float32) / 127.5 - 1.0
 
   def _labels(self, batch):
     if self.label is None:

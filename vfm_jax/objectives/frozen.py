@@ -22,6 +22,22 @@ class Frozen(Protocol):
 
 
 @runtime_checkable
+class Taught(Protocol):
+  """Optional: find weights of teachers beside the parameters in training.
+
+  They are neither optimised nor saved. Evaluations do not get them.
+  """
+
+  def teacher_spec(self) -> Mapping[str, PyTree]:
+    """Return shapes and types by name, without reading a file."""
+    ...
+
+  def teachers(self) -> Mapping[str, PyTree]:
+    """Return trees by name, none of which is a name in the parameters."""
+    ...
+
+
+@runtime_checkable
 class Decoder(Protocol):
   """Turn latents into pictures with weights of its own; hashable or not."""
 
@@ -37,6 +53,13 @@ class Decoder(Protocol):
       z: f32 [B, (T,) h, w, c] latents as a diffusion model learns them.
     """
     ...
+
+
+def teacher_spec(objective: Any) -> dict[str, PyTree]:
+  """Return shapes and types of the teachers of an objective, {} for none."""
+  if not isinstance(objective, Taught):
+    return {}
+  return dict(objective.teacher_spec())
 
 
 def with_frozen(objective: Any, params: PyTree) -> PyTree:

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 
 from vfm_jax.models.encoders import VideoViT
 from vfm_jax.models.predictors import PixelDecoder
-from vfm_jax.objectives import base
+from vfm_jax.objectives import base, pixels
+from vfm_jax.objectives.pixels import IMAGENET_MEAN, IMAGENET_STD
 from vfm_jax.ops import masking
 from vfm_jax.ops import tokens as tok
 from vfm_jax.ops.keys import fold
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What is added to the standard deviation of a target patch.
 _EPS = 1e-6
@@ -138,9 +136,13 @@ class Masked:
 
   def embed(self, params: base.PyTree, batch: base.Batch) -> jax.Array:
     """Return the mean of all tokens after the final norm, f32 [B, D]."""
+    return self.tokens(params, batch).mean(1)
+
+  def tokens(self, params: base.PyTree, batch: base.Batch) -> jax.Array:
+    """Return all tokens after the final norm, f32 [B, n, D]."""
     video = self._normalise(self._pixels(batch))
     tokens = _apply(self.encoder, params['encoder'], video)
-    return tokens.astype(jnp.float32).mean(1)
+    return tokens.astype(jnp.float32)
 
   def visualise(
     self,
@@ -253,22 +255,11 @@ class Masked:
 
   def _pixels(self, batch):
     """Return the video as float32 in [0, 1], with full tubelets."""
-    video = batch['video']
-    if video.ndim != 5 or video.shape[-1] != len(self.mean):
-      raise ValueError(
-        f"expected batch['video'] [B, T, H, W, {len(self.mean)}], found "
-        f'{tuple(video.shape)}; change what `data` yields, or '
-        '`objective.mean` and `objective.std`'
-      )
-    if jnp.issubdtype(video.dtype, jnp.floating):
-      video = video.astype(jnp.float32)
-    else:
-      video = video.astype(jnp.float32) / 255.0
+    video = pixels.pixels(batch, channels=len(self.mean))
     return tok.fill_tubelet(video, self.encoder.tubelet)
 
   def _normalise(self, video):
-    mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
-    return (video - mean) / std
+    return pixels.normalise(video, self.mean, self.std)
 
 
 def _apply(module, params, *args, **kwargs) -> Any:

@@ -8,6 +8,7 @@ of their level by the Jensen-Shannon divergence.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +60,28 @@ class DiffusionPrior:
       valid: f32 [B], 0 for examples that do not count.
       orders: as in `match`, in place of those that `shuffle` draws.
     """
+    prior, cost = self._compared(values)
+    match = self._matched(cost, tau, orders)
+    return self._scored(values, tau, valid, prior, cost, match)
+
+  def _compared(self, values):
+    """Return the prior [T, P], and in what its columns differ [P, P]."""
     layers, _, experts = values[switch.GATES].shape
     used = used_columns(values[switch.TOP], experts)
     active = values[switch.TOP].shape[-1] * layers
     prior = prior_columns(layers * experts, active, alpha=self.alpha)
-    cost = matching_cost(used, prior)
+    return prior, matching_cost(used, prior)
+
+  def _matched(self, cost, tau, orders):
     if orders is None and self.shuffle is not None:
       orders = _orders(self.shuffle, tau, len(cost))
-    match = self.match(cost, orders)
+    return self.match(cost, orders)
+
+  def _scored(self, values, tau, valid, prior, cost, match):
+    """Return loss and metrics by a matching."""
+    layers, _, top_k = values[switch.TOP].shape
     p = columns(values[switch.GATES]) / layers
-    q = prior[:, match][tau] / active
+    q = prior[:, match][tau] / (layers * top_k)
     count = jnp.maximum(valid.sum(), 1.0)
     loss = (divergence(p, q) * valid).sum() / count
     wrong = jnp.take_along_axis(cost, match[:, None], 1).sum()
@@ -95,6 +108,75 @@ class DiffusionPrior:
     gates, prior = orders
     found = assignment.assign(cost[gates][:, prior], impl=self.impl)
     return jnp.zeros_like(found).at[gates].set(prior[found])
+
+
+class Held(NamedTuple):
+  """Hold a matching.
+
+  Attributes:
+    match: int32 [P], as `DiffusionPrior.match` returns it.
+    age: int32 [], steps since it was made.
+  """
+
+  match: jax.Array
+  age: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldPrior(DiffusionPrior):
+  """Match anew only every few steps; `objectives.base.Holds`.
+
+  That keeps the matching, a long chain of small operations, out of nearly all
+  steps. Between two of them the prior of each expert stays, while the gates
+  move on. It is ours: the released code matches in each step.
+
+  Attributes:
+    every: steps from one matching to the next.
+  """
+
+  every: int = 25
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ValueError(
+        f'expected `objective.auxiliary.every` of 1 or more, found {self.every}'
+      )
+
+  def init(self, values: Mapping[str, jax.Array]) -> Held:
+    """Return a state that the first step replaces."""
+    layers, _, experts = values[switch.GATES].shape
+    match = jnp.arange(layers * experts, dtype=jnp.int32)
+    return Held(match, jnp.zeros((), jnp.int32))
+
+  def refresh(
+    self, state: Held, values: Mapping[str, jax.Array], tau: jax.Array
+  ) -> Held:
+    """Return the state with a new matching where the last one is too old."""
+    _, cost = self._compared(values)
+    match = jax.lax.cond(
+      state.age == 0,
+      lambda: self._matched(cost, tau, None),
+      lambda: state.match,
+    )
+    return state._replace(match=match)
+
+  def after_update(self, state: Held) -> Held:
+    """Return the state a step older."""
+    return state._replace(age=(state.age + 1) % self.every)
+
+  def __call__(
+    self,
+    values: Mapping[str, jax.Array],
+    tau: jax.Array,
+    valid: jax.Array,
+    orders: tuple[jax.Array, jax.Array] | None = None,
+    state: Held | None = None,
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return what `DiffusionPrior` does, by the matching of a state if any."""
+    if state is None:
+      return super().__call__(values, tau, valid, orders)
+    prior, cost = self._compared(values)
+    return self._scored(values, tau, valid, prior, cost, state.match)
 
 
 def columns(values: jax.Array) -> jax.Array:

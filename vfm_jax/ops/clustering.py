@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+from scipy import special
 
 from vfm_jax.ops import noise
-from vfm_jax.ops.intervals import Intervals
+from vfm_jax.ops.intervals import Intervals, between
 from vfm_jax.ops.process import NOISE_LEVELS
 
 # 'exact' finds the best partition. 'official' does what the published code
@@ -182,6 +183,41 @@ def by_snr(
   """
   values = np.exp(log_snr(schedule))
   return cluster(sequence_cost(values), count, rule).intervals()
+
+
+def by_density(
+  count: int,
+  *,
+  mean: float = -1.2,
+  scale: float = 1.2,
+  schedule: Callable[..., np.ndarray] | None = None,
+) -> Intervals:
+  """Return intervals that are equally likely where ln sigma is normal.
+
+  sigma is that of the noise over a signal of 1, drawn in training from the
+  density of EDM (arXiv:2206.00364, table 1): the edges are its quantiles. The
+  curriculum (arXiv:2403.10348) has such clusters for continuous noise, as we
+  read it. For times of `interpolants.logit_normal(mean, scale)` on a linear
+  path ln sigma has the mean -mean. Equally likely levels want
+  `intervals.uniform`.
+
+  Args:
+    count: number of intervals K.
+    mean: of ln sigma.
+    scale: its standard deviation.
+    schedule: of a discrete diffusion, number of steps -> beta; None is the
+      linear path of an `Interpolant`.
+
+  Raises:
+    ValueError: an interval is so short that it has no level.
+  """
+  if schedule is None:
+    part = np.arange(NOISE_LEVELS) / (NOISE_LEVELS - 1)
+  else:
+    part = special.expit(-log_snr(schedule) / 2)
+  z = special.ndtri(np.arange(1, count) / count)
+  # sigma / (1 + sigma), which is finite.
+  return between(np.searchsorted(part, special.expit(mean + scale * z)))
 
 
 def by_affinity(path: str, count: int, *, rule: Rule = 'exact') -> Intervals:

@@ -29,6 +29,7 @@ def mix(
   *,
   top_k: int | None = None,
   impl: Impl = 'auto',
+  alike: jax.Array | None = None,
 ) -> jax.Array:
   """Return the mixture of experts [B, N, F] in the type of x.
 
@@ -48,6 +49,9 @@ def mix(
       exchanges with room for the worst case. 'auto' is 'merged' for gates
       [B, E], also on a mesh, for kernels are smaller than the tokens of many
       examples; else 'dense'.
+    alike: bool [], whether all examples have the same gates [B, E], as at one
+      step of a sampler: 'merged' then adds kernels up once. None does so for
+      each example, without a branch.
 
   Raises:
     ValueError: shapes do not fit, or the implementation does not serve here.
@@ -70,7 +74,7 @@ def mix(
   if impl == 'auto':
     impl = 'merged' if gates.ndim == 2 else 'dense'
   if impl == 'merged':
-    return _merged(x, kernel, bias, gates)
+    return _merged(x, kernel, bias, gates, alike)
   if gates.ndim == 2:
     gates = jnp.broadcast_to(gates[:, None], (b, n, experts))
   if impl == 'dense':
@@ -95,7 +99,7 @@ def _dense(x, kernel, bias, gates):
   return out + (gates @ bias).astype(x.dtype)
 
 
-def _merged(x, kernel, bias, gates):
+def _merged(x, kernel, bias, gates, alike):
   if gates.ndim != 2:
     raise ValueError(
       "`impl` 'merged' needs gates [B, E], one set for all tokens of an "
@@ -104,11 +108,19 @@ def _merged(x, kernel, bias, gates):
 
   # The merged kernels are large and cheap: the backward pass makes them anew.
   @jax.checkpoint
-  def run(x, kernel, gates):
+  def each(x, kernel, gates):
     merged = jnp.einsum('be,edf->bdf', gates, kernel).astype(x.dtype)
     return jax.vmap(linear.matmul)(x, merged)
 
-  return run(x, kernel, gates) + (gates @ bias).astype(x.dtype)[:, None]
+  def once(x, kernel, gates):
+    merged = jnp.einsum('e,edf->df', gates[0], kernel).astype(x.dtype)
+    return linear.matmul(x, merged)
+
+  if alike is None:
+    out = each(x, kernel, gates)
+  else:
+    out = jax.lax.cond(alike, once, each, x, kernel, gates)
+  return out + (gates @ bias).astype(x.dtype)[:, None]
 
 
 def _grouped(x, kernel, bias, gates, top_k):

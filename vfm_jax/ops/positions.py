@@ -4,15 +4,18 @@ Fixed tables are computed on the host in float64 and cast to float32, so that
 they are the same on every backend; any subset of tokens then gathers its rows.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfm_jax.ops import resize
+
 Grid = tuple[int, int, int]
-Kind = Literal['flat_sinusoid', 'sincos_3d', 'sincos_2d']
+Kind = Literal['flat_sinusoid', 'sincos_3d', 'sincos_3d_split', 'sincos_2d']
 ImageKind = Literal['first_slice', 'sincos_2d']
+Resample = Literal['linear', 'bicubic', 'antialiased']
 
 
 def flat_sinusoid(ids: np.ndarray, dim: int) -> np.ndarray:
@@ -94,43 +97,60 @@ def time_features(t: jax.Array, dim: int) -> jax.Array:
   return jnp.pad(features, padding)
 
 
-def interpolate(table: jax.Array, grid: Grid, new_grid: Grid) -> jax.Array:
-  """Resample a position table trilinearly to another grid.
+def interpolate(
+  table: jax.Array,
+  grid: Grid,
+  new_grid: Grid,
+  resample: Resample = 'linear',
+) -> jax.Array:
+  """Resample a position table to another grid.
 
-  Sample points are cell centres, without antialiasing.
+  Sample points are cell centres. Time is interpolated linearly.
 
   Args:
     table: [T'*H'*W', D] on `grid`.
     grid: (T', H', W') of the table.
     new_grid: (T', H', W') that is wanted.
+    resample: how space is interpolated: bilinearly, or 'bicubic' as in UMT's
+      fine-tuned models, see `ops.resize.bicubic`. 'antialiased' is bilinear
+      with a filter along axes that shrink (VideoPrism).
   """
   if tuple(grid) == tuple(new_grid):
     return table
   x = jnp.reshape(table, (*grid, -1))
+  if resample == 'bicubic':
+    x = resize.bicubic(x, *new_grid[1:])
   shape = (*new_grid, x.shape[-1])
-  x = jax.image.resize(x, shape, 'trilinear', antialias=False)
+  filtered = resample == 'antialiased'
+  x = jax.image.resize(x, shape, 'trilinear', antialias=filtered)
   return x.reshape(-1, shape[-1])
 
 
 def fixed_table(kind: Kind, dim: int, grid: Grid) -> np.ndarray:
-  """Return the fixed position table of a grid, float32 [N, dim]."""
+  """Return the fixed position table of a grid, float32 [N, dim].
+
+  'sincos_3d_split' gives time half of the columns, see `sincos_3d`.
+  """
   t, h, w = grid
   if kind == 'flat_sinusoid':
     table = flat_sinusoid(np.arange(t * h * w), dim)
-  elif kind == 'sincos_3d':
-    table = sincos_3d(grid, dim)
+  elif kind in ('sincos_3d', 'sincos_3d_split'):
+    table = sincos_3d(grid, dim, uniform_power=kind == 'sincos_3d')
   elif kind == 'sincos_2d':
     table = np.tile(sincos_2d((h, w), dim), (t, 1))
   else:
     raise ValueError(
-      "expected positions 'flat_sinusoid', 'sincos_3d' or 'sincos_2d', "
-      f'found {kind!r}'
+      f'expected positions in {list(get_args(Kind))}, found {kind!r}'
     )
   return table.astype(np.float32)
 
 
 def fit_table(
-  table: jax.Array, built: Grid, grid: Grid, image: ImageKind = 'first_slice'
+  table: jax.Array,
+  built: Grid,
+  grid: Grid,
+  image: ImageKind = 'first_slice',
+  resample: Resample = 'linear',
 ) -> jax.Array:
   """Fit a table to the grid of an input.
 
@@ -141,6 +161,7 @@ def fit_table(
       `image` says, if `built` has more; other sizes are interpolated.
     image: 'first_slice' takes the rows of t = 0 (and interpolates them in
       space); 'sincos_2d' takes a separate 2-D sin-cos table.
+    resample: see `interpolate`.
 
   Returns:
     [T'*H'*W', D] on the grid `grid`.
@@ -150,4 +171,4 @@ def fit_table(
       return jnp.asarray(fixed_table('sincos_2d', table.shape[-1], grid))
     built = (1, *built[1:])
     table = table[: built[1] * built[2]]
-  return interpolate(table, built, grid)
+  return interpolate(table, built, grid, resample)
