@@ -5,7 +5,8 @@
 trains each method of `pretraining_mocap.py` with three seeds in
 `runs/study_pretraining`, and writes the table and the appearance-versus-motion
 plane of `docs/study_pretraining.md`. `:twlv` and the like are the recipes of
-single methods. Needs the `mocap` extra (CPython 3.11). Ours: the setting.
+single methods. Needs the `mocap` extra (CPython 3.11). Ours: the setting; not
+run to its end.
 """
 
 import pathlib

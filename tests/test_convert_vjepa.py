@@ -130,7 +130,7 @@ def test_a_projection_without_use_is_left_out_of_probes(case, side):
 
 @pytest.mark.slow
 def test_the_verb_writes_parameters_and_the_average(state, tmp_path):
-  c = config.load(str(ROOT / 'recipes/tiny_latent.py'))
+  c = config.load(str(ROOT / 'recipes/tiny_vjepa.py'))
   encoder = dict(width=48, depth=3, heads=4, frames=8, positions='sincos_3d')
   c.objective.encoder.update(encoder)
   c.objective.predictor.update(

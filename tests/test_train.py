@@ -25,7 +25,7 @@ RECIPES = {
   'masked': ROOT / 'tests/recipes/tiny_masked.py',
   'denoise': ROOT / 'tests/recipes/tiny_denoise.py',
   'classify': ROOT / 'tests/recipes/tiny_classify.py',
-  'latent': ROOT / 'tests/recipes/tiny_latent.py',
+  'latent': ROOT / 'tests/recipes/tiny_vjepa.py',
   'twlv': ROOT / 'tests/recipes/tiny_twlv.py',
 }
 

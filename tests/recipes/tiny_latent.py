@@ -1,58 +1,56 @@
-"""A latent prediction that trains in seconds, for the tests."""
+"""Train a two-block DiT on latents that the tests write."""
 
-from vfm_jax import optim, schedules
+from vfm_jax import optim, samplers, schedules
 from vfm_jax.config import bind, ref
 from vfm_jax.data import augment, clips
+from vfm_jax.data.latent_pipeline import LatentPipeline
+from vfm_jax.data.latents import Latents
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.data.synthetic import MovingShapes
-from vfm_jax.experiment import Checkpoints, Data, Experiment
-from vfm_jax.models.encoders import VideoViT
-from vfm_jax.models.vjepa import LatentPredictor
-from vfm_jax.objectives.latent import LatentPrediction
+from vfm_jax.experiment import Data, Experiment
+from vfm_jax.latents import LatentDecoder
+from vfm_jax.models.dit import DiT
+from vfm_jax.objectives.denoise import Denoise
+from vfm_jax.ops.diffusion import Gaussian
+from vfm_jax.sampling import Sampling
 
 
 def get_config(arg=None):
-  del arg
+  """Return the recipe; the argument is the folder of the latents."""
   return ref(
     Experiment,
     objective=ref(
-      LatentPrediction,
-      encoder=ref(
-        VideoViT,
+      Denoise,
+      denoiser=ref(
+        DiT,
+        size='S',
         width=32,
         depth=2,
         heads=2,
-        patch=8,
-        frames=4,
-        image_size=32,
-        positions='rope_3d',
-        qkv_bias='full',
-        init_scheme='normal',
-        drop_path=0.1,
+        patch=2,
+        input_size=4,
+        num_classes=4,
       ),
-      predictor=ref(
-        LatentPredictor, width=16, depth=1, heads=2, positions='rope_3d'
-      ),
-      momentum=bind(schedules.linear, total_steps=30, peak=0.9, final=1.0),
+      process=ref(Gaussian),
+      data='latent',
+      label='shape',
+      sampling=ref(Sampling, sampler=bind(samplers.ddim, steps='2'), scale=1.5),
+      decoder=ref(LatentDecoder),
     ),
     data=ref(
-      Data,
+      Data, train=ref(LatentPipeline, source=ref(Latents, root=arg or ''))
+    ),
+    latents=dict(
       train=ref(
         Pipeline,
-        source=ref(MovingShapes, count=64, frames=8, size=40),
-        clip=bind(clips.vjepa_train, frames=4, stride=1),
-        transform=bind(augment.multi_scale_crop, size=32),
-      ),
+        source=ref(MovingShapes, count=16, frames=1, size=8),
+        clip=bind(clips.uniform, frames=1),
+        transform=augment.identity,
+        path='latents.train',
+      )
     ),
-    optim=ref(
-      optim.Optimizer,
-      lr=bind(schedules.warmup_cosine, peak=1e-3, warmup_steps=2),
-      clip_norm=1.0,
-      clip_apart=('^encoder/', '^predictor/'),
-      clip_from=2,
-    ),
+    optim=ref(optim.Optimizer, lr=bind(schedules.constant, value=1e-3)),
     batch_size=8,
-    steps=30,
-    log_every=5,
-    checkpoint=ref(Checkpoints, every_steps=15),
+    steps=2,
+    log_every=1,
   )
