@@ -9,9 +9,7 @@ recipes of single methods.
 
 All methods have equal steps and batches, and the parameters of DiT plus what
 they add, which the table counts; MEME has four networks. Ours: the setting.
-Not run as a whole: three runs of `dit` at about this size, of 400 steps, drew
-nothing that the classifier reads (10 % agreement, chance): pictures need more
-steps, and only the losses can tell methods apart.
+Run once, beside other programs: table and figure are in `docs`.
 """
 
 import pathlib
