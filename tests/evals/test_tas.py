@@ -78,7 +78,11 @@ def test_finds_known_segments(films):
 @pytest.mark.parametrize('attend', ['sliding', 'full'])
 def test_finds_known_segments_as_released(films, attend):
   head = Segmenter(
-    num_classes=len(CLASSES), width=32, window='block', attend=attend
+    num_classes=len(CLASSES),
+    width=32,
+    depth=4,
+    window='block',
+    attend=attend,
   )
   out = evaluator(
     films,
