@@ -51,7 +51,8 @@ def run_c_vjepa_step(meta: dict, arrays: dict) -> dict:
   }
   for i, split in enumerate(made.splits):
     rows = np.arange(len(video))[:, None]
-    out[f'out/target_{i}'] = made.targets[rows, split.target_idx]
+    targets = np.asarray(made.targets)
+    out[f'out/target_{i}'] = targets[rows, np.asarray(split.target_idx)]
   return out
 
 
@@ -148,6 +149,33 @@ def run_d_vjepa2_attentive(meta: dict, arrays: dict) -> dict:
 
 def run_d_vjepa2_rope(meta: dict, arrays: dict) -> dict:
   cfg, out = meta['config'], {}
+  idx, side = arrays['in/attn_mask_ids'], cfg['grid_size']
+  grid = (int(idx.max()) // side**2 + 1, side, side)
+  attended = {'out/attn_masked': (arrays['in/attn_x'], grid, idx)}
+  for name, expected in arrays.items():
+    if found := re.fullmatch(r'out/sep_pos_T(\d+)H(\d+)W(\d+)', name):
+      out[name] = _coordinates(tuple(map(int, found.groups())))
+    elif found := re.fullmatch(r'out/sep_pos_grid(\d+)', name):
+      side = int(found[1])
+      frames = expected.shape[1] // side**2
+      out[name] = _coordinates((frames, side, side))
+    elif found := re.fullmatch(r'out/attn_full_T(\d+)H(\d+)W(\d+)', name):
+      grid = tuple(map(int, found.groups()))
+      attended[name] = (arrays['in/attn_x_full'], grid, None)
+  attend = _attention(cfg, arrays)
+
+  @jax.jit
+  def compute():
+    return {
+      **_rotated(arrays),
+      **{name: attend(*given) for name, given in attended.items()},
+    }
+
+  return {**out, **compute()}
+
+
+def _rotated(arrays):
+  out = {}
   for name, x in arrays.items():
     if not (found := re.fullmatch(r'in/x_(\d+)', name)):
       continue
@@ -158,19 +186,6 @@ def run_d_vjepa2_rope(meta: dict, arrays: dict) -> dict:
       angle = rope.axis_angles(jnp.asarray(at), x.shape[-1], 'tiled')
       by = rope.Rotation(jnp.cos(angle), jnp.sin(angle))
       out[f'out/rot_{kind}_{found[1]}'] = rope.rotate(flat, by)
-  for name, expected in arrays.items():
-    if found := re.fullmatch(r'out/sep_pos_T(\d+)H(\d+)W(\d+)', name):
-      out[name] = _coordinates(tuple(map(int, found.groups())))
-    elif found := re.fullmatch(r'out/sep_pos_grid(\d+)', name):
-      side = int(found[1])
-      frames = expected.shape[1] // side**2
-      out[name] = _coordinates((frames, side, side))
-    elif found := re.fullmatch(r'out/attn_full_T(\d+)H(\d+)W(\d+)', name):
-      grid = tuple(map(int, found.groups()))
-      out[name] = _attend(cfg, arrays, arrays['in/attn_x_full'], grid, None)
-  idx, side = arrays['in/attn_mask_ids'], cfg['grid_size']
-  grid = (int(idx.max()) // side**2 + 1, side, side)
-  out['out/attn_masked'] = _attend(cfg, arrays, arrays['in/attn_x'], grid, idx)
   return out
 
 
@@ -178,7 +193,8 @@ def _coordinates(grid):
   return rope.coordinates(grid).T.astype(np.int32)
 
 
-def _attend(cfg, arrays, x, grid, idx):
+def _attention(cfg, arrays):
+  """Return a function of tokens, grid and indices: the recorded layer."""
   dim, heads = cfg['attn_dim'], cfg['num_heads']
   model = Attention(heads, 'full')
   state = {
@@ -186,18 +202,22 @@ def _attend(cfg, arrays, x, grid, idx):
     for k, v in arrays.items()
     if k.startswith('w/')
   }
+  x = arrays['in/attn_x']
   template = jax.eval_shape(model.init, jax.random.key(0), x)['params']
   params = convert_vjepa.from_vjepa(
     state, {'encoder': {'blocks_0': {'attn': template}}}
   )['encoder']['blocks_0']['attn']
-  by = rope.of_tokens(
-    grid, None if idx is None else jnp.asarray(idx), dim // heads, 'tiled'
-  )
-  return model.apply({'params': params}, jnp.asarray(x), Placement(by))
+
+  def attend(x, grid, idx):
+    idx = None if idx is None else jnp.asarray(idx)
+    by = rope.of_tokens(grid, idx, dim // heads, 'tiled')
+    return model.apply({'params': params}, jnp.asarray(x), Placement(by))
+
+  return attend
 
 
 def _attentive(cfg, arrays, side):
-  out = {}
+  calls = {}
   for name, tokens in arrays.items():
     if not (found := re.fullmatch(r'in/(\w+)_tokens', name)):
       continue
@@ -224,15 +244,20 @@ def _attentive(cfg, arrays, side):
     template = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
     if whole:
       params = convert_vjepa.from_probe(state, template)
-      out[f'out/{tag}_logits'] = jax.jit(model.apply)(
-        {'params': params}, tokens
-      )
+      calls[f'out/{tag}_logits'] = model, params, tokens
     else:
       params = convert_vjepa.from_probe(state, {'pooler': template})
-    out[f'out/{tag}_pooled'] = jax.jit(pooler.apply)(
-      {'params': params['pooler']}, tokens
-    )
-  return out
+    calls[f'out/{tag}_pooled'] = pooler, params['pooler'], tokens
+  given = {name: call[1:] for name, call in calls.items()}
+
+  @jax.jit
+  def compute(given):
+    return {
+      name: calls[name][0].apply({'params': params}, tokens)
+      for name, (params, tokens) in given.items()
+    }
+
+  return compute(given)
 
 
 def _objective(cfg, arrays, encoder, predictor, **kwargs):
