@@ -46,13 +46,17 @@ class Result(NamedTuple):
 def table(
   comparison: Comparison, results: Sequence[Result], seeds: Sequence[int]
 ) -> str:
-  """Return the Markdown table, what the arms are, and what was run."""
+  """Return the Markdown table, what the arms are, and what was run.
+
+  Its columns are the measures that planes show, or all where there is no plane.
+  """
   names = sorted({n for r in results for o in r.outcomes for n in o.measured})
   # What is the same in all runs, such as the accuracy of the classifier, is no
   # column.
   values = {n: [v for r in results for v in r.measured(n)] for n in names}
   common = {n: v[0] for n, v in values.items() if len(v) > 1 == len(set(v))}
-  columns = [n for n in names if n not in common]
+  drawn = {n for pair in (comparison.planes or {}).values() for n in pair}
+  columns = [n for n in names if n not in common and (n in drawn or not drawn)]
   denoise = comparison.levels is not None
   head = ['arm', 'parameters', 'trained', 'steps']
   head += ['held-out loss'] * denoise

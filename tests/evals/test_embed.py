@@ -13,7 +13,7 @@ from vfm_jax.data import augment, clips
 from vfm_jax.data.pipeline import Pipeline
 from vfm_jax.data.synthetic import MovingShapes
 from vfm_jax.evals.embed import embed, write_embeddings
-from vfm_jax.evals.store import EmbeddingStore
+from vfm_jax.evals.store import EmbeddingStore, StoreError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,3 +178,32 @@ def test_write_errors(tmp_path):
   )
   with pytest.raises(ValueError, match=r'data\.train\.clip or \.transform'):
     write(crops, sampling='multi-clip')
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """Give moving shapes the names of files."""
+
+  names: tuple[str, ...]
+  label_names = ()
+
+  def __len__(self):
+    return len(self.names)
+
+  def __getitem__(self, i):
+    shapes = MovingShapes(count=len(self), frames=8, size=16, fps=8.0)
+    return dataclasses.replace(shapes[i], id=self.names[i], labels={})
+
+
+def test_files_go_by_the_name_that_annotations_have(tmp_path):
+  write = functools.partial(
+    write_embeddings, MeanColour(), PARAMS, root=tmp_path, dataset='x',
+    split='val',
+  )  # fmt: skip
+  source = Files(('deep/video_1.mp4', 'v2.x', 'v3.AVI'))
+  write(dataclasses.replace(pipeline(), source=source))
+  reader = EmbeddingStore(str(tmp_path), 'x', 'val', 'uniform')
+  assert reader.ids == ('deep%2Fvideo_1', 'v2.x', 'v3')
+  twice = dataclasses.replace(pipeline(), source=Files(('a.mp4', 'a.mkv')))
+  with pytest.raises(StoreError, match=r'a\.mp4 and a\.mkv would both be a '):
+    write(twice)

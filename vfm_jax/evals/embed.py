@@ -12,6 +12,7 @@ import numpy as np
 
 from vfm_jax import sharding
 from vfm_jax.data.pipeline import Pipeline, VideoClips
+from vfm_jax.data.sources import VIDEO_SUFFIXES
 from vfm_jax.evals import store
 from vfm_jax.evals.base import Features, Held, to_host
 from vfm_jax.objectives.base import Batch, Embeds, PyTree
@@ -128,7 +129,7 @@ def write_embeddings(
   Raises:
     TypeError: the objective has no `embed`.
     ValueError: the pipeline has no such label or gives the wrong clips.
-    StoreError: an embedding is not finite.
+    StoreError: an embedding is not finite, or two videos are of one name.
   """
   _check_embeds(objective)
   names = tuple(pipeline.source.label_names)
@@ -138,7 +139,7 @@ def write_embeddings(
   about: dict[int, VideoClips] = {}
   done: dict[int, list[np.ndarray]] = collections.defaultdict(list)
   batches = _clip_batches(pipeline, about, sampling, batch_size, mesh)
-  written = 0
+  written: dict[str, str] = {}
   for out in _rows(Held(objective), params, batches, mesh):
     for x, video in zip(out['x'], out['index'], strict=True):
       if video < 0:
@@ -146,16 +147,22 @@ def write_embeddings(
       done[video].append(x)
       if len(done[video]) == len(about[video].spans):
         clips, info = np.stack(done.pop(video)), about.pop(video)
+        entry = _entry(info, clips, sampling, annotation)
+        if entry.id in written:
+          raise store.StoreError(
+            f'{pipeline.path}: {written[entry.id]} and {info.id} would both be '
+            f'{entry.id} in {folder}; rename one'
+          )
+        written[entry.id] = info.id
         if jax.process_index() == 0:
-          store.write(folder, _entry(info, clips, sampling, annotation))
-        written += 1
-  return written
+          store.write(folder, entry)
+  return len(written)
 
 
 def _entry(info: VideoClips, clips, sampling, annotation) -> store.Embedding:
   spans = np.asarray(info.spans, float)
   return store.Embedding(
-    id=store.file_id(info.id),
+    id=store.file_id(_without_suffix(info.id)),
     clips=clips,
     annotation=None if annotation is None else info.labels[annotation],
     labels=info.labels,
@@ -167,6 +174,12 @@ def _entry(info: VideoClips, clips, sampling, annotation) -> store.Embedding:
     stride=float(spans[1, 0] - spans[0, 0]) if len(spans) > 1 else None,
     sampling=sampling,
   )
+
+
+def _without_suffix(name: str) -> str:
+  """Return the name that annotations know a video file by."""
+  stem, suffix = os.path.splitext(name)
+  return stem if suffix.lower() in VIDEO_SUFFIXES else name
 
 
 def _clip_batches(
