@@ -33,6 +33,8 @@ VARIANTS = {
   'pretraining_mocap': ('untrained', 'pixels', 'vjepa', 'umt', 'twlv'),
   # Sets those side by side.
   'study_pretraining': (),
+  'film_shots': ('', 'random'),
+  'film_heads': ('', 'random'),
   'eval_store': ('', 'multi-clip', 'flat', 'maps'),
   'tal_thumos': ('', 'external'),
   'tal_anet': ('', 'external'),
@@ -153,8 +155,8 @@ def smoke(c):
 @pytest.mark.parametrize(
   'name',
   [
-    'videomae_l',
-    pytest.param('videomae_b', marks=pytest.mark.slow),
+    'videomae_b',
+    pytest.param('videomae_l', marks=pytest.mark.slow),
     pytest.param('videomaev2_g', marks=pytest.mark.slow),
   ],
 )
@@ -267,10 +269,9 @@ def test_distilling_recipes_in_small(name):
 @pytest.mark.parametrize(
   'method',
   [
-    'twlv',
+    'vjepa',
     *(
-      pytest.param(m, marks=pytest.mark.slow)
-      for m in ('pixels', 'vjepa', 'umt')
+      pytest.param(m, marks=pytest.mark.slow) for m in ('pixels', 'umt', 'twlv')
     ),
   ],
 )
@@ -341,14 +342,21 @@ def latent_set(tmp_path_factory):
     pytest.param('sit_xl2', 674.8, 0.712, marks=pytest.mark.slow),
   ],
 )
-def test_latent_recipes(spec, params, flops, latent_set):
-  c = load(spec)
+def test_latent_recipes_are_as_published(spec, params, flops):
   # Without the latents.
-  described = verbs.describe(config.build(c), DEVICES['']).data
+  described = verbs.describe(config.build(load(spec)), DEVICES['']).data
   assert described['num_params'] / 1e6 == pytest.approx(params, abs=0.1)
   assert described['flops_per_step'] / 256e12 == pytest.approx(flops, rel=0.01)
   assert described['devices'] == 256
 
+
+# The quickstart of diffusion takes such steps without this mark.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'spec', ['dit_s2', 'dit_s2:min_snr', 'dit_b2', 'dit_l2', 'dit_xl2', 'sit_xl2']
+)
+def test_two_smoke_steps_of_latents(spec, latent_set):
+  c = load(spec)
   c.objective.denoiser.update(width=32, depth=2, heads=2, input_size=8)
   c.data.train.source.root = latent_set
   c.data.train.shape = (8, 8, 4)

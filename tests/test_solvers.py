@@ -39,9 +39,14 @@ def keys(n):
 def error(solver, num_steps, path):
   """Return how far z lands from MEAN + STD z."""
   z = jnp.linspace(-2, 2, 5)[:, None]
-  out = solvers.ode(
-    known(path), Interpolant(path), z, solver=solver, num_steps=num_steps
+  run = functools.partial(
+    solvers.ode,
+    known(path),
+    Interpolant(path),
+    solver=solver,
+    num_steps=num_steps,
   )
+  out = jax.jit(run)(z)
   return float(jnp.abs(out - (MEAN + STD * z)).max())
 
 
@@ -74,8 +79,13 @@ def test_there_is_one_step_less_than_times():
 def test_reverse_undoes_forward():
   path, x = paths.VP(), jnp.array([[1.0], [2.0]])
   run = functools.partial(solvers.ode, known(path), Interpolant(path))
-  z = run(x, reverse=True, solver=Dopri5(rtol=1e-5))
-  back = run(z, solver=Dopri5(rtol=1e-5))
+
+  @jax.jit
+  def there_and_back(x):
+    z = run(x, reverse=True, solver=Dopri5(rtol=1e-5))
+    return run(z, solver=Dopri5(rtol=1e-5))
+
+  back = there_and_back(x)
   np.testing.assert_allclose(back, x, atol=1e-3)
 
 
@@ -112,8 +122,8 @@ def test_every_diffusion_has_the_same_marginal(method, form, last_step):
 def test_samples_do_not_depend_on_their_batch():
   path = paths.Linear()
   x = samplers.initial_noise(keys(5), (2,))
-  run = functools.partial(
-    solvers.sde, known(path), Interpolant(path), num_steps=6
+  run = jax.jit(
+    functools.partial(solvers.sde, known(path), Interpolant(path), num_steps=6)
   )
   np.testing.assert_allclose(
     run(x[2:4], keys(5)[2:4]), run(x, keys(5))[2:4], rtol=1e-6
@@ -202,18 +212,22 @@ def test_the_objective_samples_with_it():
   )
   batch = {'image': jnp.zeros((3, 2, 2, 1)), 'row': jnp.arange(3)}
   params, _ = objective.init(jax.random.key(0), batch)
-  out = objective.loss(params, {}, batch, jax.random.key(1), train=True)
+  loss = jax.jit(functools.partial(objective.loss, train=True))
+  out = loss(params, {}, batch, jax.random.key(1))
   # x_t = (1 - t) eps and v = -eps, so that the error is (2 - t) eps.
   assert 0.5 < out.sums[0] / out.counts[0] < 8
   x = samplers.initial_noise(keys(3), (2, 2, 1))
-  drawn = objective.sampling.draw(
-    lambda x, t, y: objective.denoise(params, x, t),
-    objective.process,
-    keys(3),
-    (2, 2, 1),
-    None,
-    None,
+  draw = jax.jit(
+    lambda keys: objective.sampling.draw(
+      lambda x, t, y: objective.denoise(params, x, t),
+      objective.process,
+      keys,
+      (2, 2, 1),
+      None,
+      None,
+    )
   )
+  drawn = draw(keys(3))
   np.testing.assert_allclose(drawn, np.e * x, rtol=1e-3)
 
 

@@ -125,7 +125,15 @@ def test_a_run_goes_on_where_it_stopped(videos, start_step):
     assert_equal(a, b)
 
 
-@pytest.mark.parametrize(('workers', 'start_step'), [(1, 0), (4, 3)])
+@pytest.mark.parametrize(
+  ('workers', 'start_step'),
+  [
+    (2, 3),
+    # A process each.
+    pytest.param(1, 0, marks=pytest.mark.slow),
+    pytest.param(4, 3, marks=pytest.mark.slow),
+  ],
+)
 def test_workers_change_nothing(videos, workers, start_step):
   alone = take(videos, 6, batch_size=2, start_step=start_step)
   shared = take(videos, 6, batch_size=2, start_step=start_step, workers=workers)

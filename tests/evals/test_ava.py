@@ -114,6 +114,8 @@ def evaluator(tmp_path, train, val, **kwargs):
   return Localisation(**{**fields, **kwargs})
 
 
+# As does the test below, and in the end it finds them.
+@pytest.mark.slow
 def test_trains_and_writes_detections(tmp_path):
   val = Movers(5, seed=1)
   one = evaluator(tmp_path, Movers(16), val, folder=str(tmp_path), most=3)

@@ -157,6 +157,8 @@ def test_recipe(variant, classes, splits):
 KEYS = ('accuracy', 'edit', 'f1_10', 'f1_25', 'f1_50')
 
 
+# The evaluator runs on a store above; the recipe only sets its fields.
+@pytest.mark.slow
 def test_recipe_runs_on_a_store(films, tmp_path):
   path = pathlib.Path(__file__).parents[2] / 'configs/tas.py'
   c = config.load(f'{path}:gtea')

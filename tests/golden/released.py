@@ -14,12 +14,14 @@ from vfm_jax.nn import adaln
 
 def last(x):
   """Move channels last: [..., C, H, W] to [..., H, W, C]."""
-  return jnp.moveaxis(jnp.asarray(x), -3, -1)
+  return jnp.asarray(np.moveaxis(np.asarray(x), -3, -1))
 
 
 def first(x):
   """Move channels first: [..., H, W, C] to [..., C, H, W]."""
-  return np.moveaxis(np.asarray(x), -1, -3)
+  if not isinstance(x, jax.core.Tracer):
+    x = np.asarray(x)
+  return np.moveaxis(x, -1, -3)
 
 
 def dit(cfg, hooks=None, **fields):

@@ -88,9 +88,21 @@ def _spec(folder: str) -> str:
 
 
 def run_b_losses(meta: dict, arrays: dict) -> dict:
-  cfg, out = meta['config'], {}
+  cfg = meta['config']
   x0, eps = last(arrays['in/x0']), last(arrays['in/noise'])
-  params = jnp.asarray(arrays['in/toy_params'])
+
+  @jax.jit
+  def compute(params):
+    out = _toy_losses(arrays, x0, eps, params)
+    out |= _options(cfg['opt_*'], arrays, x0, eps)
+    return out | _bits(arrays, x0, params)
+
+  out = compute(jnp.asarray(arrays['in/toy_params']))
+  return out | _dit_losses(cfg, arrays, x0)
+
+
+def _toy_losses(arrays, x0, eps, params):
+  out = {}
   for name in arrays:
     if name.startswith('in/') and name.endswith('/t'):
       schedule, folder = name.split('/')[1:3]
@@ -110,9 +122,6 @@ def run_b_losses(meta: dict, arrays: dict) -> dict:
       )(params)
       if f'out/{prefix}/post_mean' in arrays:
         out |= _views(process, model, x0, x_t, t, f'out/{prefix}')
-  out |= _dit_losses(cfg, arrays, x0)
-  out |= _options(cfg['opt_*'], arrays, x0, eps)
-  out |= _bits(arrays, x0, params)
   return out
 
 
@@ -144,6 +153,18 @@ def _dit_losses(cfg, arrays, x0):
   def backward(params, x_t, time, cotangent):
     return jax.vjp(lambda p: forward(p, x_t, time), params)[1](cotangent)[0]
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def start(process, t):
+    return process.corrupt(x0, eps, t), process.model_time(t)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def graded(process, output, x_t, t):
+    def score(output):
+      total, parts = process.loss(output, x0, eps, x_t, t)
+      return total.mean(), {**parts, 'loss': total}
+
+    return jax.value_and_grad(score, has_aux=True)(output)
+
   out = {}
   for name in arrays:
     if not name.endswith('/dit/loss'):
@@ -151,22 +172,17 @@ def _dit_losses(cfg, arrays, x0):
     schedule, folder = name.split('/')[1:3]
     process = Gaussian(schedule=SCHEDULES[schedule], respacing=_spec(folder))
 
-    def score(output, x_t, t, process=process):
-      total, parts = process.loss(output, x0, eps, x_t, t)
-      return total.mean(), {**parts, 'loss': total}
-
-    def run(t, process=process, score=score):
-      x_t, time = process.corrupt(x0, eps, t), process.model_time(t)
+    def run(t, process=process):
+      x_t, time = start(process, t)
       output = forward(params, x_t, time)
-      graded = jax.value_and_grad(score, has_aux=True)
-      (_, parts), cotangent = graded(output, x_t, t)
+      (_, parts), cotangent = graded(process, output, x_t, t)
       return parts, (params, x_t, time, cotangent)
 
     prefix = f'{schedule}/{folder}'
     parts, _ = run(arrays[f'in/{prefix}/t'])
     out |= {f'out/{prefix}/dit/{k}': v for k, v in parts.items()}
     grads = backward(*run(arrays[f'in/{prefix}/t_grad'])[1])
-    grads = convert_dit.to_dit(grads, model)
+    grads = convert_dit.to_dit(jax.device_get(grads), model)
     out |= {f'grad/{prefix}/dit.{k}': v for k, v in grads.items()}
   return out
 
@@ -180,7 +196,7 @@ def _loss(process, model, x0, eps, t):
 
 def _views(process, model, x0, x_t, t, prefix):
   """Return the posterior, the marginal and what the toy model predicts."""
-  flat = lambda x: np.asarray(x).reshape(-1)  # noqa: E731
+  flat = lambda x: x.reshape(-1)  # noqa: E731
   mean, var, logvar = process.posterior(x0, x_t, t)
   out = {'post_mean': first(mean), 'post_var': flat(var)}
   out['post_logvar'] = flat(logvar)
@@ -276,27 +292,41 @@ def _bits(arrays, x0, params):
 def run_b_sampling(meta: dict, arrays: dict) -> dict:
   cfg, out = meta['config'], {}
   params = jnp.asarray(arrays['in/toy_params'])
+  model, weights = _dit(cfg, arrays)
   for schedule, spec in cfg['loop']:
     prefix = f'{schedule}/{_folder(spec)}'
     process = Gaussian(schedule=SCHEDULES[schedule])
     out[f'out/{prefix}/timestep_map'] = process.respaced(spec).kept
-    z, draws = (last(arrays[f'in/{prefix}/{k}']) for k in ('z', 'noise'))
-    model = functools.partial(toy, params)
-    for name in arrays:
-      head, _, kind = name.rpartition('/')
-      if head.startswith(f'out/{prefix}/toy/') and kind == 'samples':
-        samples, x0 = _sample(
-          head.rsplit('/', 1)[-1], model, process, spec, z, draws
-        )
-        out[f'{head}/samples'] = first(samples)
-        out[f'{head}/pred_xstart'] = first(x0)
-    out |= _dit_samples(cfg, arrays, process, spec, prefix)
+
+    @jax.jit
+    def compute(params, weights, process=process, spec=spec, prefix=prefix):
+      given = arrays, process, spec, prefix
+      return {
+        **_toy_samples(params, *given),
+        **_dit_samples(cfg, model, weights, *given),
+      }
+
+    out |= compute(params, weights)
   return out
 
 
-def _dit_samples(cfg, arrays, process, spec, prefix):
+def _toy_samples(params, arrays, process, spec, prefix):
+  out = {}
+  z, draws = (last(arrays[f'in/{prefix}/{k}']) for k in ('z', 'noise'))
+  model = functools.partial(toy, params)
+  for name in arrays:
+    head, _, kind = name.rpartition('/')
+    if head.startswith(f'out/{prefix}/toy/') and kind == 'samples':
+      samples, x0 = _sample(
+        head.rsplit('/', 1)[-1], model, process, spec, z, draws
+      )
+      out[f'{head}/samples'] = first(samples)
+      out[f'{head}/pred_xstart'] = first(x0)
+  return out
+
+
+def _dit_samples(cfg, model, params, arrays, process, spec, prefix):
   """Sample from the tiny DiT, with labels and with guidance."""
-  model, params = _dit(cfg, arrays)
   y = jnp.asarray(arrays[f'in/{prefix}/cfg_y'])
   z, draws = (last(arrays[f'in/{prefix}/{k}']) for k in ('z', 'noise'))
   half = len(z)

@@ -114,23 +114,34 @@ def run_c_sit_losses(meta: dict, arrays: dict) -> dict:
   cfg, params = meta['config'], jnp.asarray(arrays['in/toy_params'])
   data, noise = last(arrays['in/x1']), last(arrays['in/x0'])
   t, out = jnp.asarray(arrays['in/t']), {}
+
+  @jax.jit
+  def compute(params):
+    found = {}
+    for key in arrays:
+      if not key.startswith('out/loss/'):
+        continue
+      name, prediction, weight = key.split('/')[2:]
+      process = Interpolant(PATHS[name], prediction, weight)
+
+      def mean(params, process=process):
+        model = functools.partial(toy, params)
+        losses = _losses(process, data, noise, t, model)
+        return losses.mean(), losses
+
+      grad, found[key] = jax.grad(mean, has_aux=True)(params)
+      found[key.replace('out/', 'grad/')] = grad
+    return found
+
   for key in arrays:
     parts = key.split('/')[1:]
-    if key.startswith('out/loss/'):
-      name, prediction, weight = parts[1:]
-      process = Interpolant(PATHS[name], prediction, weight)
-      losses = functools.partial(_losses, process, data, noise, t)
-      toys = lambda p, losses=losses: losses(functools.partial(toy, p))  # noqa: E731
-      out[key] = toys(params)
-      gradient = jax.grad(lambda p, toys=toys: toys(p).mean())(params)
-      out[key.replace('out/', 'grad/')] = gradient
-    elif key.startswith('out/sampled_t/'):
+    if key.startswith('out/sampled_t/'):
       draws = jnp.asarray(arrays['in/u'])
       process = Interpolant(
         PATHS[parts[1]], parts[2], density=lambda _, draws=draws: draws
       )
       out[key] = process.draw_time(None)
-  return out | _network_losses(cfg, arrays)
+  return out | compute(params) | _network_losses(cfg, arrays)
 
 
 def _losses(process, data, noise, t, model):
@@ -199,6 +210,18 @@ def _network_losses(cfg, arrays):
     _, back = jax.vjp(lambda p: forward(p, x, t, y, drop), params)
     return back(cotangent)[0]
 
+  @functools.partial(jax.jit, static_argnums=0)
+  def start(process):
+    return process.corrupt(data, noise, t)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def graded(process, output, x_t):
+    def mean(output):
+      losses = process.loss(output, data, noise, x_t, t)[0]
+      return losses.mean(), losses
+
+    return jax.grad(mean, has_aux=True)(output)
+
   channels, half = model.channels, len(y) // 2
   x = 0.5 * (data + noise)
   denoise = _guided(
@@ -217,13 +240,9 @@ def _network_losses(cfg, arrays):
       case = key.split('/')[2]
       name, *options = case.split('_')
       process = Interpolant(PATHS[name], *options)
-      x_t = process.corrupt(data, noise, t)
-      losses = lambda output, process=process, x_t=x_t: process.loss(  # noqa: E731
-        output, data, noise, x_t, t
-      )[0]
+      x_t = start(process)
       output = forward(params, x_t, t, y, drop)
-      out[key] = losses(output)
-      cotangent = jax.grad(lambda o, f=losses: f(o).mean())(output)
+      cotangent, out[key] = graded(process, output, x_t)
       gradient = pull(params, x_t, t, y, drop, cotangent)
       gradient = convert_dit.to_dit(gradient, model)
       prefix = f'grad/sit/{case}/'
@@ -236,33 +255,26 @@ def _network_losses(cfg, arrays):
 
 
 def run_c_sit_sampling(meta: dict, arrays: dict) -> dict:
-  cfg, out = meta['config'], {}
-  params = jnp.asarray(arrays['in/toy_params'])
-  z, draws = last(arrays['in/z']), last(arrays['in/sde_noise'])
+  cfg, params = meta['config'], jnp.asarray(arrays['in/toy_params'])
+  draws = last(arrays['in/sde_noise'])
+  signs = 2 * last(arrays['in/hutchinson_bits']) - 1
 
-  @functools.cache
-  def ode(name, prediction, interval, method):
-    """Return a compiled z, rtol -> states."""
-
-    @jax.jit
-    def run(z, rtol):
-      return solvers.ode(
-        _field(params, name, prediction),
-        Interpolant(PATHS[name], prediction),
-        z,
-        solver=_solver(method, rtol),
-        num_steps=cfg['ode_num_steps'],
-        interval=interval,
-        path=True,
-      )
-
-    return run
-
-  def sde(name, prediction, form, last_step, method):
-    run = functools.partial(
-      solvers.sde,
+  def ode(name, prediction, interval, method, z, rtol=1e-3):
+    return solvers.ode(
       _field(params, name, prediction),
       Interpolant(PATHS[name], prediction),
+      z,
+      solver=_solver(method, rtol),
+      num_steps=cfg['ode_num_steps'],
+      interval=interval,
+      path=True,
+    )
+
+  def sde(name, prediction, form, last_step, method, z):
+    return solvers.sde(
+      _field(params, name, prediction),
+      Interpolant(PATHS[name], prediction),
+      z,
       keys=None,
       method=method.lower(),
       num_steps=cfg['sde_num_steps'],
@@ -273,35 +285,55 @@ def run_c_sit_sampling(meta: dict, arrays: dict) -> dict:
       noise=draws,
       path=True,
     )
-    return first(jax.jit(run)(z))
 
+  # What cases have in common is solved once; adaptive steps are compiled once
+  # for all tolerances, and the rest is one program.
+  fixed, adaptive = {}, {}
   for key in arrays:
-    parts = key.split('/')[2:]
     if key.startswith('out/ode/'):
-      name, prediction, method = parts
-      t0, t1 = Interpolant(PATHS[name], prediction).sample_interval()
-      if method.endswith('_reverse'):
-        t0, t1 = 1 - t0, 1 - t1
-      # Where the toy is the velocity, only the interval tells paths apart.
-      name = 'Linear' if prediction == 'velocity' else name
-      method, _, rtol = method.removesuffix('_reverse').partition('_rtol')
-      run = ode(name, prediction, (t0, t1), method)
-      out[key] = first(run(z, float(rtol or 1e-3)))
-    elif key.startswith('out/sde/'):
-      out[key] = sde(*parts)
-  signs = 2 * last(arrays['in/hutchinson_bits']) - 1
-  found = solvers.log_likelihood(
-    functools.partial(toy, params),
-    Interpolant(),
-    z,
-    None,
-    solver=Fixed('euler'),
-    num_steps=cfg['ode_num_steps'],
-    probe=lambda keys, i, shape: signs[i],
-  )
-  out['out/likelihood/logp'] = found.logp
-  out['out/likelihood/z'] = first(found.z)
-  return out | _network_samples(cfg, arrays)
+      *call, rtol = _ode_call(*key.split('/')[2:])
+      if call[-1] == 'dopri5':
+        adaptive[key] = call, float(rtol or 1e-3)
+      else:
+        fixed.setdefault(tuple(call), []).append(key)
+
+  @jax.jit
+  def compute(z):
+    states = {keys[0]: ode(*call, z) for call, keys in fixed.items()}
+    for key in arrays:
+      if key.startswith('out/sde/'):
+        states[key] = sde(*key.split('/')[2:], z)
+    found = solvers.log_likelihood(
+      functools.partial(toy, params),
+      Interpolant(),
+      z,
+      None,
+      solver=Fixed('euler'),
+      num_steps=cfg['ode_num_steps'],
+      probe=lambda keys, i, shape: signs[i],
+    )
+    return states | {'out/likelihood/z': found.z}, found.logp
+
+  z = last(arrays['in/z'])
+  states, logp = compute(z)
+  for keys in fixed.values():
+    states |= dict.fromkeys(keys, states[keys[0]])
+  solve = jax.jit(ode, static_argnums=range(4))
+  for key, (call, rtol) in adaptive.items():
+    states[key] = solve(*call, z, rtol)
+  out = {key: first(value) for key, value in states.items()}
+  return out | {'out/likelihood/logp': logp} | _network_samples(cfg, arrays)
+
+
+def _ode_call(name, prediction, method):
+  """Return path, prediction, interval, solver and tolerance ('' for none)."""
+  t0, t1 = Interpolant(PATHS[name], prediction).sample_interval()
+  if method.endswith('_reverse'):
+    t0, t1 = 1 - t0, 1 - t1
+  # Where the toy is the velocity, only the interval tells paths apart.
+  name = 'Linear' if prediction == 'velocity' else name
+  method, _, rtol = method.removesuffix('_reverse').partition('_rtol')
+  return name, prediction, (t0, t1), method, rtol
 
 
 def _network_samples(cfg, arrays):

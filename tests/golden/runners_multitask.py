@@ -29,23 +29,28 @@ def run_f_ant_pcgrad(meta: dict, arrays: dict) -> dict:
   vector = arrays['in/split/vector']
   (rows, columns), size = arrays['out/split/weight'].shape, len(vector)
   cut = rows * columns
-  # The gradients of a tree are combined leaf by leaf.
-  split = tasks.mix(
-    jnp.ones(1),
-    {'weight': vector[None, :cut], 'bias': vector[None, cut:size]},
-  )
-  out = {
-    'out/split/weight': split['weight'].reshape(rows, columns),
-    'out/split/bias': split['bias'],
-  }
-  for name, grads in arrays.items():
-    case = re.fullmatch(r'in/(.*)/grads', name)
-    if case:
-      order = jnp.asarray(arrays[f'in/{case[1]}/order'])
-      products = tasks.gram(jnp.asarray(grads))
-      weights = tasks.projected(products, order, 'all')
-      out[f'out/{case[1]}/combined'] = tasks.mix(weights, grads)
-  return out
+
+  @jax.jit
+  def compute():
+    # The gradients of a tree are combined leaf by leaf.
+    split = tasks.mix(
+      jnp.ones(1),
+      {'weight': vector[None, :cut], 'bias': vector[None, cut:size]},
+    )
+    out = {
+      'out/split/weight': split['weight'].reshape(rows, columns),
+      'out/split/bias': split['bias'],
+    }
+    for name, grads in arrays.items():
+      case = re.fullmatch(r'in/(.*)/grads', name)
+      if case:
+        order = jnp.asarray(arrays[f'in/{case[1]}/order'])
+        products = tasks.gram(jnp.asarray(grads))
+        weights = tasks.projected(products, order, 'all')
+        out[f'out/{case[1]}/combined'] = tasks.mix(weights, grads)
+    return out
+
+  return compute()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +75,11 @@ class Bowls:
 def run_f_ant_nash(meta: dict, arrays: dict) -> dict:
   cfg, out = meta['config'], {}
   with jax.enable_x64(True):
+    solve = jax.jit(tasks.nash)
     for name, products in arrays.items():
       case = re.fullmatch(r'in/(.*/call\d+)/gram', name)
       if case:
-        out[f'out/{case[1]}/alpha'], _ = tasks.nash(jnp.asarray(products))
+        out[f'out/{case[1]}/alpha'], _ = solve(products)
   rate, seen = 0.05, {'theta': [], 'alpha': [], 'loss': []}
   batch = {'q': arrays['in/call/Q'], 'centres': arrays['in/call/centres']}
   objective = Bowls(tuple(arrays['in/call/theta0'].tolist()))
@@ -132,7 +138,7 @@ def run_f_ant_uw(meta: dict, arrays: dict) -> dict:
   count = meta['config']['uwK']
   losses = jnp.asarray(arrays['in/per_sample_loss'])
   s = jnp.asarray(arrays['in/loss_scale'])
-  total, grads = jax.value_and_grad(_uncertain, (0, 1))(s, losses)
+  total, grads = jax.jit(jax.value_and_grad(_uncertain, (0, 1)))(s, losses)
   draws = arrays['in/t_draws'].reshape(-1)
   times = strata.Stratified(intervals.uniform(count))
   process = Replay(recorded=tuple(draws.tolist()))
@@ -181,8 +187,26 @@ def _adamw(losses, arrays):
 
 def run_d_dtr_loss_weights(meta: dict, arrays: dict) -> dict:
   cfg, out = meta['config'], {}
+  for name in arrays:
+    if found := re.fullmatch(r'out/clusters(?:_(\d+))?', name):
+      count = int(found[1] or len(arrays['in/loss_scale']))
+      bounds = intervals.uniform(count).bounds
+      out[name] = np.stack([bounds[:-1], bounds[1:]], axis=1)
+  # Where a batch does not divide, theirs drops the rest; ours is refused.
+  out['out/batch_per_cluster'] = [
+    np.bincount(strata.slot_of(batch - batch % count, count))[0]
+    for batch, count in ((256, 8), (50, 5), (10, 3))
+  ]
+  compute = jax.jit(functools.partial(_weighted, cfg, arrays))
+  return out | compute(
+    *(arrays[f'in/{k}'] for k in ('toy_params', 'loss_scale'))
+  )
+
+
+def _weighted(cfg, arrays, a, s):
+  """Return losses and gradients of the toy's a and the log-variances s."""
+  out, t = {}, jnp.asarray(arrays['in/t'])
   x0, eps = last(arrays['in/x0']), last(arrays['in/noise'])
-  a, t = jnp.asarray(arrays['in/toy_params']), jnp.asarray(arrays['in/t'])
   gamma, k = cfg['p2']
   plain = Gaussian(cfg['T'], SCHEDULE_NAMES[cfg['schedule']])
   weights = {
@@ -219,23 +243,12 @@ def run_d_dtr_loss_weights(meta: dict, arrays: dict) -> dict:
   steps = jnp.arange(cfg['T'])
   out['out/p2/weight_per_t'] = weights['p2'](plain.snr(steps), 'eps')
 
-  s = jnp.asarray(arrays['in/loss_scale'])
   total, grads = jax.value_and_grad(
     lambda s, a: _uncertain(s, losses_of(a, plain, x0, eps, t)[0]), (0, 1)
   )(s, a)
-  out |= {
+  return out | {
     'out/uw/loss': total,
     'grad/uw/loss_scale': grads[0],
     'grad/uw/toy_params': grads[1],
     'out/uw/weights': tasks.uncertainty_weights(s),
   }
-  for name in arrays:
-    if found := re.fullmatch(r'out/clusters(?:_(\d+))?', name):
-      bounds = intervals.uniform(int(found[1] or len(s))).bounds
-      out[name] = np.stack([bounds[:-1], bounds[1:]], axis=1)
-  # Where a batch does not divide, theirs drops the rest; ours is refused.
-  out['out/batch_per_cluster'] = [
-    np.bincount(strata.slot_of(batch - batch % count, count))[0]
-    for batch, count in ((256, 8), (50, 5), (10, 3))
-  ]
-  return out

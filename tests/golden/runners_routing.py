@@ -96,14 +96,14 @@ def run_d_dtr_forward(meta: dict, arrays: dict) -> dict:
   value, seen = forward(params, x, t, y)
   blocks = seen['intermediates']
 
-  fast, stacked = model.clone(scan=True), stack_blocks(params)
+  fast, stacked = model.clone(scan=True), jax.jit(stack_blocks)(params)
 
   def loss(params):
     out = fast.apply({'params': params}, x, t.astype(np.float32), y, tau=t)
     return (out * last(arrays['in/cotangent'])).sum() / len(x)
 
   total, grads = jax.jit(jax.value_and_grad(loss))(stacked)
-  grads = convert_dit.to_dit(grads, fast)
+  grads = convert_dit.to_dit(jax.device_get(grads), fast)
   drop = arrays['in/drop_uniform'] < cfg['class_dropout_prob']
   single = released.dit(cfg, num_classes=1, label_dropout=0.0)
   zero = jnp.zeros(1)
@@ -233,13 +233,16 @@ def divergences(arrays):
   def mean(p, q):
     return prior.divergence(p, q).mean()
 
-  out = {}
-  for name in arrays:
-    if found := re.fullmatch(r'(out|grad)/(jsd\w*?)(_p)?', name):
-      p, q = (jnp.asarray(arrays[f'in/{found[2]}_{k}']) for k in 'pq')
-      fn = jax.grad(mean) if found[1] == 'grad' else mean
-      out[name] = jax.jit(fn)(p, q)
-  return out
+  @jax.jit
+  def compute():
+    out = {}
+    for name in arrays:
+      if found := re.fullmatch(r'(out|grad)/(jsd\w*?)(_p)?', name):
+        p, q = (jnp.asarray(arrays[f'in/{found[2]}_{k}']) for k in 'pq')
+        out[name] = (jax.grad(mean) if found[1] == 'grad' else mean)(p, q)
+    return out
+
+  return compute()
 
 
 def training(model, params, forward, cfg, arrays, orders):
@@ -267,12 +270,12 @@ def training(model, params, forward, cfg, arrays, orders):
     return share * losses.mean() + aux, (losses, parts, aux)
 
   grad = jax.jit(jax.value_and_grad(total, has_aux=True))
-  stacked = stack_blocks(params)
+  stacked = jax.jit(stack_blocks)(params)
   (value, (losses, parts, aux)), grads = grad(stacked, 1.0)
   _, alone = grad(stacked, 0.0)
   grads = {
-    'total': convert_dit.to_dit(grads, fast),
-    'aux_only': convert_dit.to_dit(alone, fast),
+    'total': convert_dit.to_dit(jax.device_get(grads), fast),
+    'aux_only': convert_dit.to_dit(jax.device_get(alone), fast),
   }
   found = {
     'out/train': first(plain),

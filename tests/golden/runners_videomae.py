@@ -84,6 +84,17 @@ def _orders(rng, n, count):
   return orders
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept(Masked):
+  """Keep what the loss reconstructs."""
+
+  made: list = dataclasses.field(default_factory=list)
+
+  def reconstruct(self, *args, **kwargs):
+    self.made.append(super().reconstruct(*args, **kwargs))
+    return self.made[-1]
+
+
 def _pretrain(meta, arrays):
   cfg = meta['config']
   mask = _flat_mask(arrays['in/mask'])
@@ -91,7 +102,7 @@ def _pretrain(meta, arrays):
   if 'in/decode_mask' in arrays:
     skipped = _flat_mask(arrays['in/decode_mask'])
   shared = _shared(cfg)
-  objective = Masked(
+  objective = Kept(
     encoder=VideoViT(
       width=cfg['encoder_embed_dim'],
       depth=cfg['encoder_depth'],
@@ -113,36 +124,36 @@ def _pretrain(meta, arrays):
   template, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
   state = _weights(arrays)
   params = convert.from_videomae(state, template)
-  keys = jax.random.split(jax.random.key(0), len(video))
 
   def loss(params, objective=objective):
     out = objective.loss(params, {}, batch, jax.random.key(0), train=True)
-    return (out.sums / out.counts).sum()
-
-  raw = dataclasses.replace(objective, normalise_target=False)
-  plain = dataclasses.replace(objective, decoder_mask=None)
+    return (out.sums / out.counts).sum(), objective.made.pop()
 
   @jax.jit
   def compute(params):
-    outs = [o.reconstruct(params, video, keys) for o in (objective, raw, plain)]
-    others = loss(params, raw), loss(params, plain)
-    return jax.value_and_grad(loss)(params), outs, others
+    (value, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    found = {
+      'out/encoder_out': out.encoded,
+      'out/pred': out.pred,
+      'out/labels': out.target,
+      'out/cal_loss_mask': out.weight.astype(jnp.uint8),
+      'out/loss': value,
+      **_intermediates(objective, params, video, mask, out),
+    }
+    if 'out/loss_raw_pixels' in arrays:
+      raw = dataclasses.replace(objective, normalise_target=False)
+      found['out/loss_raw_pixels'], raw_out = loss(params, raw)
+      target = raw_out.target
+      found |= _heads_of(arrays, 'out/labels_raw_first_token', target)
+    if 'out/loss_no_decoder_mask' in arrays:
+      plain = dataclasses.replace(objective, decoder_mask=None)
+      found['out/loss_no_decoder_mask'], plain_out = loss(params, plain)
+      pred = plain_out.pred
+      found |= _heads_of(arrays, 'out/pred_no_decoder_mask_first', pred)
+    return found, grads
 
-  (value, grads), outs, (raw_loss, plain_loss) = compute(params)
-  out, raw_out, plain_out = outs
-  return {
-    'out/encoder_out': out.encoded,
-    'out/pred': out.pred,
-    'out/labels': out.target,
-    'out/cal_loss_mask': np.asarray(out.weight, np.uint8),
-    'out/loss': value,
-    'out/loss_raw_pixels': raw_loss,
-    'out/loss_no_decoder_mask': plain_loss,
-    **_heads_of(arrays, 'out/labels_raw_first_token', raw_out.target),
-    **_heads_of(arrays, 'out/pred_no_decoder_mask_first', plain_out.pred),
-    **_intermediates(objective, params, video, mask, out),
-    **released.gradients(arrays, grads, convert.sources, state),
-  }
+  found, grads = compute(params)
+  return found | released.gradients(arrays, grads, convert.sources, state)
 
 
 def _heads_of(arrays, start, value):
@@ -153,12 +164,16 @@ def _heads_of(arrays, start, value):
 
 def _intermediates(objective, params, video, mask, out):
   normalised = (video - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-  _, state = objective.encoder.apply(
+  # What comes before the first block needs none.
+  encoder, decoder = (
+    m.clone(depth=0) for m in (objective.encoder, objective.decoder)
+  )
+  _, state = encoder.apply(
     {'params': params['encoder']}, normalised, capture_intermediates=True
   )
   patches = state['intermediates']['patch_embed']['__call__'][0]
   visible = np.nonzero(~mask)[1].reshape(len(mask), -1)
-  _, state = objective.decoder.apply(
+  _, state = decoder.apply(
     {'params': params['decoder']},
     out.encoded,
     visible,
@@ -168,11 +183,11 @@ def _intermediates(objective, params, video, mask, out):
     built_grid=objective.encoder.built_grid,
     capture_intermediates=True,
   )
-  decoder = state['intermediates']
+  seen = state['intermediates']
   return {
     'out/patch_embed': patches,
-    'out/encoder_to_decoder': decoder['embed']['__call__'][0],
-    'out/decoder_in': decoder['decoder_in'][0],
+    'out/encoder_to_decoder': seen['embed']['__call__'][0],
+    'out/decoder_in': seen['decoder_in'][0],
   }
 
 

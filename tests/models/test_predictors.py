@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +16,17 @@ TARGET = jnp.array([[1, 3, 4, 6, 7]])
 @pytest.fixture(scope='module')
 def variables():
   model = PixelDecoder(width=16, depth=2, heads=2)
-  return model.init(jax.random.key(1), X, VISIBLE, TARGET, **SHAPE)
+  make = functools.partial(model.init, **SHAPE)
+  return jax.jit(make)(jax.random.key(1), X, VISIBLE, TARGET)
 
 
 def test_permuted_targets_permute_the_output(variables):
   model = PixelDecoder(width=16, depth=2, heads=2)
-  out = model.apply(variables, X, VISIBLE, TARGET, **SHAPE)
+  apply = jax.jit(functools.partial(model.apply, **SHAPE))
+  out = apply(variables, X, VISIBLE, TARGET)
   assert out.shape == (1, 5, 6)
   order = jnp.array([3, 0, 4, 1, 2])
-  other = model.apply(variables, X, VISIBLE, TARGET[:, order], **SHAPE)
+  other = apply(variables, X, VISIBLE, TARGET[:, order])
   np.testing.assert_allclose(other, out[:, order], atol=1e-5)
 
 

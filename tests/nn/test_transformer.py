@@ -16,7 +16,7 @@ def stack(**kwargs):
 
 @pytest.fixture(scope='module')
 def params():
-  return stack().init(jax.random.key(1), X)['params']
+  return jax.jit(stack().init)(jax.random.key(1), X)['params']
 
 
 def run(module, params):
@@ -28,10 +28,22 @@ def run(module, params):
   return out, grads
 
 
-@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
-@pytest.mark.parametrize('scan', [False, True])
-def test_scan_and_remat_change_nothing(params, scan, remat):
-  want = run(stack(), params)
+@pytest.fixture(scope='module')
+def plain(params):
+  return run(stack(), params)
+
+
+@pytest.mark.parametrize(
+  ('scan', 'remat'),
+  [
+    (False, 'full'),
+    (True, 'none'),
+    (True, 'dots'),
+    pytest.param(False, 'dots', marks=pytest.mark.slow),
+    pytest.param(True, 'full', marks=pytest.mark.slow),
+  ],
+)
+def test_scan_and_remat_change_nothing(params, plain, scan, remat):
   module = stack(scan=scan, remat=remat)
   given = tr.stack_blocks(params) if scan else params
   shapes = jax.eval_shape(module.init, jax.random.key(0), X)['params']
@@ -40,13 +52,15 @@ def test_scan_and_remat_change_nothing(params, scan, remat):
   if scan:
     grads = tr.unstack_blocks(grads)
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), (out, grads), want
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    (out, grads),
+    plain,
   )
   np.testing.assert_array_equal(out[0], out[1][1])
 
 
 def test_scanned_layers_start_different():
-  params = stack(scan=True).init(jax.random.key(1), X)['params']
+  params = jax.jit(stack(scan=True).init)(jax.random.key(1), X)['params']
   kernel = params['blocks']['attn']['qkv']['kernel']
   assert kernel.shape == (3, 16, 3, 2, 8)
   assert np.abs(kernel[0] - kernel[1]).max() > 0.1
@@ -59,16 +73,18 @@ def test_stack_and_unstack_are_inverse(params):
 
 
 def test_drop_path_is_linear_in_depth_and_off_without_keys(params):
-  module = stack()
-  out, _ = module.apply({'params': params}, X)
-  again, _ = module.apply({'params': params}, X)
+  @jax.jit
+  def apply(x, keys=None):
+    return stack().apply({'params': params}, x, keys, taps=(0,))
+
+  out, plain = apply(X)
+  again, _ = apply(X)
   np.testing.assert_array_equal(out, again)
-  dropped, taps = module.apply({'params': params}, X, KEYS, taps=(0,))
-  plain = module.apply({'params': params}, X, taps=(0,))[1]
+  dropped, taps = apply(X, KEYS)
   np.testing.assert_allclose(taps[0], plain[0], atol=1e-6)  # rate 0
   assert np.abs(dropped - out).max() > 1e-3
   # Each example by itself gives the same: microbatches change nothing.
-  half, _ = module.apply({'params': params}, X[2:], KEYS[2:])
+  half, _ = apply(X[2:], KEYS[2:])
   np.testing.assert_allclose(half, dropped[2:], atol=1e-6)
 
 

@@ -134,7 +134,7 @@ def test_learns_without_labels():
   objective = Denoise(Pixelwise(), label=None, data='video')
   video = np.zeros((2, 3, 4, 4, 3), np.uint8)
   batch = {'video': video, 'row': np.arange(2, dtype=np.int32)}
-  params, extra = objective.init(RNG, batch)
+  params, extra = jax.jit(objective.init)(RNG, batch)
   assert extra == {}
   assert np.isfinite(loss_of(params, objective, batch).sums).all()
 
@@ -151,9 +151,10 @@ def test_padding_of_an_evaluation_counts_for_nothing(params):
 
 
 def test_accumulation_changes_nothing():
+  tx = optax.sgd(0.1)
+  state = jax.jit(lambda: step.init_state(OBJECTIVE, tx, 0, BATCH))()
+
   def state_after(accum):
-    tx = optax.sgd(0.1)
-    state = step.init_state(OBJECTIVE, tx, 0, BATCH)
     make = step.make_train_step(OBJECTIVE, tx, accum=accum)
     return jax.jit(make)(state, BATCH)
 
@@ -171,7 +172,7 @@ def test_drawn_times_can_follow_the_losses(params):
   process = Gaussian(steps=4, schedule=noise.cosine)
   times = LossAware(4, keep=1, uniform=0.5)
   objective = Denoise(Pixelwise(), process, times=times)
-  extra = objective.init(RNG, BATCH)[1]
+  extra = jax.jit(objective.init)(RNG, BATCH)[1]
   out = loss_of(params, objective, extra=extra)
   seen = out.extra['times']
   assert seen.counts.sum() > 1
@@ -327,7 +328,7 @@ def test_times_are_told_the_mean_loss_of_each_step():
     auxiliary=Mean(),
   )
   tx = optax.sgd(0.0)
-  state = step.init_state(objective, tx, 0, BATCH)
+  state = jax.jit(lambda: step.init_state(objective, tx, 0, BATCH))()
   make = step.make_train_step(objective, tx, accum=2)
   one, metrics = jax.jit(make)(state, BATCH)
   noted = one.extra['times']

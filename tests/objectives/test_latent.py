@@ -85,7 +85,7 @@ def test_what_is_hidden_reaches_the_targets_alone(state):
 
 
 def test_the_copy_gets_no_gradient_and_follows(state):
-  obj, (params, extra) = objective(momentum=0.75), state
+  obj, (params, extra) = objective(momentum=0.75, masks=MASKS[:1]), state
 
   def loss(params, extra):
     out = obj.loss(params, extra, BATCH, jax.random.key(2), train=True)

@@ -81,6 +81,10 @@ def test_options_of_v_jepa_2():
   full = MultiBlock(targets=None)
   seen, wanted = draw(full)
   assert (as_mask(seen) ^ as_mask(wanted)).all()
+
+
+@pytest.mark.slow
+def test_further_options_of_v_jepa_2():
   seen, wanted = draw(MultiBlock(context=None))
   assert (as_mask(seen) ^ as_mask(wanted)).all()
   assert wanted.shape[1] == N // 2
