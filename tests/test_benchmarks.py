@@ -87,6 +87,35 @@ def test_table_and_json(results, tmp_path):
   assert entry['info'] == {'ours': {'version': '1'}}
 
 
+def test_rates_stand_beside_ratios(results, tmp_path):
+  rates = results.Rates(
+    title='toy',
+    unit='clips/s',
+    values={'2 workers': [1.0, 3.0, 2.0]},
+    notes='A.',
+  )
+  ratios = results.Comparison('step', 'a', {'a': [1.0]})
+  text = results.table([rates, ratios])
+  assert '| toy | 2 workers | 2 clips/s | 1.5–2.5 |' in text
+  assert '| step | a | 1000 | 1 (reference) |  |  |' in text
+  assert rates.missed() == []
+  results.write(tmp_path / 'out.json', [rates, ratios])
+  first, second = json.loads((tmp_path / 'out.json').read_text())
+  assert first['values'] == {'2 workers': [1.0, 3.0, 2.0]}
+  assert 'ratios' in second
+
+
+def test_random_batches_have_the_shapes_of_the_recipe():
+  mfu = importlib.import_module('benchmarks.mfu')
+  exp = mfu.experiment('dit_xl2', 2)
+  assert (exp.batch_size, exp.mesh.fsdp) == (32, 2)
+  batch = mfu.random_batch(exp.batch_spec)
+  assert batch['row'].tolist() == list(range(32))
+  for name, spec in exp.batch_spec.items():
+    if name != 'labels':
+      assert (batch[name].shape, batch[name].dtype) == (spec.shape, spec.dtype)
+
+
 def test_workers_are_timed(interleave):
   seconds, info = interleave.compare(
     [_toy(interleave, 'quick', 0.01), _toy(interleave, 'slow', 0.1)],
@@ -179,6 +208,7 @@ def test_the_driver_needs_no_torch(monkeypatch):
   for name in ('torch', 'transformers', 'diffusers'):
     monkeypatch.setitem(sys.modules, name, None)
   names = ('contestants', 'results', 'interleave')
-  for name in (*names, 'masked_step', 'dit_step', 'dit_sampling'):
+  measured = ('input_pipeline', 'sampling', 'mfu')
+  for name in (*names, *measured, 'masked_step', 'dit_step', 'dit_sampling'):
     sys.modules.pop(f'benchmarks.{name}', None)
     importlib.import_module(f'benchmarks.{name}')

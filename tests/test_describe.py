@@ -98,6 +98,16 @@ def test_flops_and_fit():
   assert 'frozen' in got.text
 
 
+def test_what_is_kept_whole_is_told():
+  text = describe({'fsdp': 8}).text
+  assert 'whole on every device' not in text
+  pos = {'pos_embed': jax.ShapeDtypeStruct((2**10, 2**9), jnp.float32)}
+  state = State(pos, {}, {}, {'kernel': jnp.zeros((8, 8))}, jnp.zeros(()))
+  got = describe_lib.describe(state=state, batch={}, mesh={'fsdp': 8})
+  assert got.data['whole'] == {'params/pos_embed': 2**21}
+  assert 'MiB  params/pos_embed' in got.text
+
+
 def test_batch_must_divide():
   with pytest.raises(ShardingError, match=r'batch_size=512 .* a multiple of 3'):
     describe({'data': 3})

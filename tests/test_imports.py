@@ -27,6 +27,9 @@ RANKS = (
   ('evals',),
   (
     'experiment',
+    'ahead',
+    'ahead_text',
+    'levers',
     'train',
     'convert_dit',
     'convert_dmp',
@@ -63,6 +66,15 @@ BESIDE = (
   'trees',
   'flops',
   'describe',
+  'facts',
+  'fitting',
+  'hlo',
+  'hlo_cost',
+  'kernel_cycles',
+  'presets',
+  'rendezvous',
+  'slices',
+  'topology',
 )
 FILES = sorted(PACKAGE.rglob('*.py'))
 

@@ -149,6 +149,35 @@ def test_logical_names_mean_something_inside_activations_only():
     sharding.constrain(x, 'batch', 'tokens')
 
 
+def test_a_batch_may_be_uneven_where_tokens_may_not():
+  mesh = sharding.make_mesh(Mesh(data=2, seq=4))
+
+  def f(x):
+    return sharding.constrain(x, 'batch', 'tokens', None)
+
+  with sharding.activations(mesh):
+    one = jax.jit(f)(jnp.ones((1, 8, 2)))
+    assert one.sharding.spec[1] == 'seq'
+    jax.eval_shape(f, jnp.ones((2, 1, 2)))
+    with pytest.raises(
+      sharding.ShardingError, match=r'mesh\.seq=4 does not divide the 6 tokens'
+    ):
+      jax.eval_shape(f, jnp.ones((2, 6, 2)))
+
+
+def test_large_leaves_that_are_kept_whole_are_told():
+  tree = {
+    'kernel': struct(16, 4),
+    'pos_embed': struct(2**10, 2**8),
+    'bias': struct(4),
+  }
+  assert sharding.whole(tree, sharding.infer(tree, SIZES)) == [
+    ('pos_embed', 2**20)
+  ]
+  # Replicas alone keep everything whole.
+  assert not sharding.whole(tree, sharding.infer(tree, {'data': 8}))
+
+
 def test_report_counts_bytes_a_device():
   tree = {'kernel': struct(16, 4), 'bias': struct(4)}
   text = sharding.report(tree, sharding.infer(tree, SIZES))

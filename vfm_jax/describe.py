@@ -61,7 +61,7 @@ def describe(
   shardings = sharding.infer(state, mesh, rules)
   sizes = _sizes(mesh)
   parameters = _parameters(state.params, shardings.params, rows)
-  memory = _memory(state, shardings, batch, mesh)
+  memory = bytes_a_device(state, shardings, batch, mesh)
   if teachers:
     optional = [dataclasses.replace(rule, optional=True) for rule in rules]
     places = sharding.infer(teachers, mesh, optional)
@@ -73,6 +73,7 @@ def describe(
     'num_params': sum(p['count'] for p in parameters),
     'num_trainable': sum(p['count'] for p in parameters if not p['frozen']),
     'bytes_per_device': memory,
+    'whole': dict(sharding.whole(state, shardings)),
   }
   if device_bytes is not None:
     data['fits'] = sum(memory.values()) <= device_bytes
@@ -106,10 +107,14 @@ def _parameters(
   return out
 
 
-def _memory(
+def bytes_a_device(
   state: Any, shardings: Any, batch: PyTree, mesh: sharding.AnyMesh
 ) -> dict[str, int]:
-  """Return bytes a device by category; activations are not among them."""
+  """Return bytes a device by category; activations are not among them.
+
+  Raises:
+    ShardingError: the batch does not divide over the mesh.
+  """
   place = sharding.batch_sharding(mesh)
   for leaf in jax.tree.leaves(batch):
     sharding.check_batch(leaf.shape[0], mesh)
@@ -147,17 +152,20 @@ def _text(data: Mapping[str, Any]) -> str:
   axes = ' '.join(f'{a}={n}' for a, n in data['mesh'].items())
   memory = data['bytes_per_device']
   lines = [
-    _grid([head, *table]),
+    grid([head, *table]),
     '',
     f'parameters        {data["num_params"]:,} '
     f'({data["num_trainable"]:,} trainable)',
     f'mesh              {axes} ({data["devices"]} devices)',
     'bytes a device, without activations:',
-    *(f'  {k:<16}{_size(n):>12}' for k, n in memory.items()),
-    f'  {"total":<16}{_size(sum(memory.values())):>12}',
+    *(f'  {k:<16}{readable(n):>12}' for k, n in memory.items()),
+    f'  {"total":<16}{readable(sum(memory.values())):>12}',
   ]
   if 'fits' in data:
     lines.append(f'fits              {"yes" if data["fits"] else "NO"}')
+  if data['whole']:
+    lines.append('whole on every device, by config.rules:')
+    lines += [f'  {readable(n):>12}  {p}' for p, n in data['whole'].items()]
   if 'flops_per_step' in data:
     n = data['flops_per_step']
     lines.append(
@@ -166,7 +174,8 @@ def _text(data: Mapping[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
+def grid(rows: Sequence[Sequence[str]]) -> str:
+  """Return rows of cells as text, with columns of equal width."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(
     '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -180,7 +189,8 @@ def _scale(scale: float | Sequence[float]) -> str:
   return f'{scale:.4g}'
 
 
-def _size(n: float) -> str:
+def readable(n: float) -> str:
+  """Return a number of bytes in the unit that suits it."""
   for unit in ('B', 'KiB', 'MiB', 'GiB'):
     if n < 1024 or unit == 'GiB':
       break

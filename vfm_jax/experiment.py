@@ -253,6 +253,25 @@ class Experiment:
       frozen={row.path for row in rows if row.frozen},
     )
 
+  def jitted_step(self, mesh: jax.sharding.Mesh) -> Any:
+    """Return the step over a mesh, as the loop runs it.
+
+    It takes (state, batch, teachers) and donates the state. Trace it inside of
+    `sharding.activations(mesh)`.
+    """
+    shardings = self.shardings(mesh)
+    return jax.jit(
+      self.train_step(),
+      in_shardings=(
+        shardings,
+        sharding.batch_sharding(mesh),
+        self.teacher_shardings(mesh),
+      ),
+      # Metrics are whole on every device, so that each process can read them.
+      out_shardings=(shardings, sharding.replicated(mesh)),
+      donate_argnums=0,
+    )
+
   def shardings(self, mesh: Any) -> step_lib.TrainState:
     """Return the sharding of each leaf of the state, by `rules`."""
     return sharding.infer(self.abstract_state, mesh, self.rules)

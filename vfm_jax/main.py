@@ -8,6 +8,7 @@ python -m vfm_jax.main
 
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast, get_args
@@ -16,8 +17,17 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vfm_jax import comparison as comparison_lib
-from vfm_jax import comparison_report, reporting, runtime, study, train, verbs
+from vfm_jax import (
+  comparison_report,
+  reporting,
+  runtime,
+  study,
+  topology,
+  train,
+  verbs,
+)
 from vfm_jax import config as config_lib
+from vfm_jax import facts as facts_lib
 from vfm_jax import verify as verify_lib
 from vfm_jax.checkpoint import CheckpointError
 from vfm_jax.comparison import Comparison
@@ -38,6 +48,17 @@ _WORKDIR = flags.DEFINE_string(
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'study: seeds to run.')
 _DEVICES = flags.DEFINE_integer(
   'devices', None, 'describe: number of devices to lay the run out for.'
+)
+_TOPOLOGY = flags.DEFINE_string(
+  'topology',
+  None,
+  'describe: compile the step for a machine, as in v5e:16x16 or h200:8.',
+)
+_SCHEDULES = flags.DEFINE_string(
+  'schedules', None, 'describe: table of the cycles of kernels (JSON).'
+)
+_LEVERS = flags.DEFINE_bool(
+  'levers', False, 'describe: also compile what would take less memory.'
 )
 _DATASET = flags.DEFINE_string('dataset', 'dataset', 'embed: its name.')
 _SAMPLING = flags.DEFINE_enum(
@@ -66,7 +87,9 @@ _FORMAT = flags.DEFINE_enum(
   'format', 'released', get_args(Format), 'export: names of the tensors.'
 )
 _OUT = flags.DEFINE_string(
-  'out', None, 'export: file, or folder for --format=diffusers.'
+  'out',
+  None,
+  'export: file, or folder for --format=diffusers; describe: file (JSON).',
 )
 _VAE = flags.DEFINE_string(
   'vae', None, 'latents: folder of the autoencoder, as diffusers saves it.'
@@ -109,6 +132,7 @@ _EXPECTED = (
   TooManyBadVideos,
   train.NonFiniteError,
   comparison_lib.Interrupted,
+  runtime.StartError,
 )
 _TRACEBACK = flags.DEFINE_bool(
   'traceback', False, 'Show where an error was raised.'
@@ -145,10 +169,20 @@ def main(argv: Sequence[str]) -> None:
       f'...), found {type(exp).__name__}'
     )
   if verb not in ('describe', 'study'):
+    trained = exp if verb == 'train' and isinstance(exp, Experiment) else None
     runtime.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+      _COORDINATOR.value,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      facts={
+        'config': config_lib.to_text(config),
+        'workdir': f'--workdir={_workdir()}',
+        **facts_lib.packages(),
+        **(facts_lib.data(trained.data) if trained else {}),
+      },
     )
-  _VERBS[verb](exp, _workdir(), config)
+  with runtime.shared_fate():
+    _VERBS[verb](exp, _workdir(), config)
 
 
 def cli() -> None:
@@ -237,8 +271,23 @@ def _latents(exp: Experiment, workdir: str, config) -> None:
 
 def _describe(exp: Experiment, workdir: str, config) -> None:
   del workdir
-  print(config_lib.to_text(config))
-  print(verbs.describe(exp, num_devices=_DEVICES.value).text)
+  if _TOPOLOGY.value:
+    # The compiler of an accelerator would bring it up, or look for it.
+    topology.stay_on_cpu()
+    found = verbs.describe_ahead(
+      exp,
+      _TOPOLOGY.value,
+      schedules=_SCHEDULES.value,
+      with_levers=_LEVERS.value,
+    )
+  else:
+    print(config_lib.to_text(config))
+    found = verbs.describe(exp, num_devices=_DEVICES.value)
+  print(found.text)
+  if _OUT.value:
+    pathlib.Path(_OUT.value).write_text(json.dumps(found.data, indent=1))
+  if not found.data.get('fits', True):
+    sys.exit(1)
 
 
 def _convert(exp: Experiment, workdir: str, config) -> None:

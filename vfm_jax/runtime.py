@@ -1,5 +1,6 @@
 """Run on real machines: start-up, preemption, hangs, profiles, memory."""
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -17,14 +18,35 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from vfm_jax import rendezvous
+from vfm_jax.rendezvous import StartError
+
+__all__ = [
+  'Preemption',
+  'Profiler',
+  'StartError',
+  'Watchdog',
+  'compilation_cache',
+  'initialize',
+  'memory_stats',
+  'shared_fate',
+]
+
 # Exit status of a run that its watchdog has ended.
 HUNG = 75
+
+# The other processes of the run, once this one has met them.
+_company: rendezvous.Company | None = None
 
 
 def initialize(
   coordinator: str | None = None,
   num_processes: int | None = None,
   process_id: int | None = None,
+  *,
+  facts: Mapping[str, str] | None = None,
+  start_timeout_s: float | None = None,
+  peer_timeout_s: float | None = None,
 ) -> bool:
   """Start `jax.distributed` if this process is one of several.
 
@@ -34,16 +56,25 @@ def initialize(
   TPU_WORKER_HOSTNAMES looks like one machine: set VFM_JAX_DISTRIBUTED=1
   there. Call it before anything touches a device.
 
+  The processes meet first, see `rendezvous`; from then on one that dies ends
+  the others, which name it.
+
   Args:
     coordinator: host:port of process 0.
     num_processes: number of processes.
     process_id: which of them this is.
+    facts: what must be the same for all, by name.
+    start_timeout_s: seconds to wait for all; VFM_JAX_START_TIMEOUT_S or 300.
+    peer_timeout_s: seconds of silence of a process that count as its death;
+      VFM_JAX_PEER_TIMEOUT_S or 600. One that is killed is known at once, a
+      machine that is gone to JAX after 100: this is for what hangs in Python.
 
   Returns:
     Whether there are several processes.
 
   Raises:
     ValueError: some but not all three are given.
+    StartError: names the processes that are missing, or that differ.
   """
   if jax.distributed.is_initialized():
     return jax.process_count() > 1
@@ -62,7 +93,12 @@ def initialize(
     )
   if missing and not _cluster(env):
     return False
-  jax.distributed.initialize(*([] if missing else given.values()))
+  place: tuple[Any, ...] = _found() if missing else tuple(given.values())
+  start = _seconds(start_timeout_s, 'VFM_JAX_START_TIMEOUT_S', 300.0)
+  silence = _seconds(peer_timeout_s, 'VFM_JAX_PEER_TIMEOUT_S', 600.0)
+  _meet(place, facts or {}, start, silence)
+  # Where a launcher says more, as which devices are this process's, JAX asks.
+  jax.distributed.initialize(*([] if missing else place))
   logging.info(
     'Process %d of %d, %d local and %d global devices.',
     jax.process_index(),
@@ -71,6 +107,19 @@ def initialize(
     jax.device_count(),
   )
   return jax.process_count() > 1
+
+
+@contextlib.contextmanager
+def shared_fate() -> Iterator[None]:
+  """Tell the other processes if this one ends with an error."""
+  try:
+    yield
+  except BaseException as e:
+    if _company is not None:
+      _company.failed(e)
+      # JAX would wait for the others at the door, which are gone.
+      atexit.register(_go)
+    raise
 
 
 def compilation_cache(directory: str) -> None:
@@ -259,6 +308,43 @@ def _cluster(env: Mapping[str, str]) -> bool:
     or 'MEGASCALE_COORDINATOR_ADDRESS' in env
     or env.get('VFM_JAX_DISTRIBUTED') == '1'
   )
+
+
+def _go() -> None:
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(1)
+
+
+def _found() -> tuple[str, int, int]:
+  """Return coordinator, number of processes and rank, as JAX finds them."""
+  # There is no public name for what `jax.distributed.initialize` does first.
+  from jax._src import clusters
+
+  found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, None, 300
+  )
+  coordinator, count, rank = found[:3]
+  if coordinator is None or count is None or rank is None:
+    raise ValueError(
+      'several processes were started, but JAX knows no such cluster: give '
+      '--coordinator, --num_processes and --process_id'
+    )
+  return coordinator, count, rank
+
+
+def _meet(place, facts, start_timeout_s, peer_timeout_s) -> None:
+  global _company
+  coordinator, count, rank = place
+  if count == 1:
+    return
+  _company = rendezvous.meet(coordinator, count, rank, facts, start_timeout_s)
+  _company.watch(peer_timeout_s)
+  atexit.register(_company.leave)
+
+
+def _seconds(given: float | None, name: str, default: float) -> float:
+  return float(os.environ.get(name, default)) if given is None else given
 
 
 def _number(given: int | None, text: str | None) -> int | None:

@@ -17,11 +17,11 @@ import jax
 from flax.linen import spmd
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from vfm_jax import trees
+from vfm_jax import fitting, slices, trees
+from vfm_jax.fitting import Entry
 
 PyTree = Any
 AnyMesh = jax.sharding.Mesh | AbstractMesh | Mapping[str, int]
-Entry = str | tuple[str, ...] | None
 
 # Mesh axes that the batch is cut over: all but the two that cut activations.
 BATCH = ('data', 'fsdp', 'expert')
@@ -35,6 +35,9 @@ ACTIVATIONS = (
   ('hidden', 'tensor'),
   ('experts', 'expert'),
 )
+
+# Bytes of a leaf from which on it is worth a word that every device holds it.
+LARGE = 2**20
 
 
 class ShardingError(ValueError):
@@ -91,14 +94,18 @@ def make_mesh(
   devices: Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
   | None = None,
 ) -> jax.sharding.Mesh:
-  """Build the mesh over `devices`, all of them by default."""
+  """Build the mesh over `devices`, all of them by default.
+
+  Raises:
+    ShardingError: the axes do not fit the devices.
+    ValueError: nor do they fit the slices of a pod, see `slices.arrange`.
+  """
   devices = jax.devices() if devices is None else list(devices)
   sizes = cfg.sizes(len(devices))
-  return jax.make_mesh(
-    tuple(sizes.values()),
+  return jax.sharding.Mesh(
+    slices.arrange(sizes, devices),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
   )
 
 
@@ -111,8 +118,9 @@ class Rule:
       its end, so 'fc1/kernel' covers 'encoder/blocks/mlp/fc1/kernel' and the
       moments of it.
     spec: one entry (axis, tuple of axes or None) for each trailing axis of
-      the leaf. Leading axes that it does not reach, as the depth of a scanned
-      stack, are not cut.
+      the leaf; see `fitting.fit` for what happens where one does not divide.
+      Leading axes that it does not reach, as the depth of a scanned stack, are
+      not cut.
     optional: the rule may stay unused.
   """
 
@@ -153,6 +161,31 @@ RULES = (
 )
 
 
+def spread(
+  rules: tuple[Rule, ...] = RULES, over: tuple[str, ...] = ('data',)
+) -> tuple[Rule, ...]:
+  """Cut what is cut over fsdp over further axes too, where they divide.
+
+  For widths that not all devices divide: 1,152 goes over 256 devices as
+  fsdp=128 and data=2, and what is wider or has a second axis is cut 256 ways.
+  In a recipe `config.rules = ref(sharding.spread)`.
+
+  Args:
+    rules: the table.
+    over: storage axes, see `fitting.STORAGE`: 'data', or 'seq' where tokens are
+      cut.
+  """
+
+  def wider(entry: Entry) -> Entry:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return (*names, *over) if 'fsdp' in names else entry
+
+  return tuple(
+    dataclasses.replace(rule, spec=tuple(wider(e) for e in rule.spec))
+    for rule in rules
+  )
+
+
 def infer(tree: PyTree, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> PyTree:
   """Return the NamedSharding of each leaf.
 
@@ -166,11 +199,13 @@ def infer(tree: PyTree, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> PyTree:
 
   Raises:
     ShardingError: one message with every leaf without a rule, every rule that
-      is unused and not optional, every unknown axis and every uneven split.
+      is unused and not optional, every unknown axis and every leaf that an
+      axis can not cut: nothing is kept whole that a rule cuts.
   """
   built = _as_mesh(mesh)
   sizes = dict(built.shape)
   errors: list[str] = []
+  ways: set[int] = set()
   used: set[int] = set()
   compiled = [re.compile(rf'(?:^|/)(?:{r.pattern})$') for r in rules]
 
@@ -180,12 +215,13 @@ def infer(tree: PyTree, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> PyTree:
     for i, pattern in enumerate(compiled):
       if pattern.search(path):
         used.add(i)
-        spec, problems = _fit(rules[i].spec, tuple(leaf.shape), sizes)
+        found = fitting.fit(rules[i].spec, leaf.shape, sizes)
         errors.extend(
           f'{path} {list(leaf.shape)} by {rules[i].pattern!r}: {p}'
-          for p in problems
+          for p in found.problems
         )
-        return NamedSharding(built, spec)
+        ways.update([found.ways] if found.ways else [])
+        return NamedSharding(built, found.spec)
     errors.append(f'{path} {list(leaf.shape)}: no rule matches')
     return NamedSharding(built, PartitionSpec())
 
@@ -195,6 +231,12 @@ def infer(tree: PyTree, mesh: AnyMesh, rules: Sequence[Rule] = RULES) -> PyTree:
     for i, r in enumerate(rules)
     if i not in used and not r.optional
   ]
+  if ways:
+    errors.append(
+      f'config.mesh.fsdp={math.gcd(*ways)}, with more of config.mesh.data, '
+      'cuts these leaves; config.rules=ref(sharding.spread) then cuts them '
+      'over data too, where it divides'
+    )
   if errors:
     raise ShardingError(
       f'config.rules do not fit the state on the mesh {sizes}:\n  '
@@ -276,28 +318,72 @@ def process_slot(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def activations(mesh: jax.sharding.Mesh) -> Iterator[None]:
+def activations(mesh: jax.sharding.Mesh | AbstractMesh) -> Iterator[None]:
   """Give the logical names of activations a meaning while tracing.
 
-  Models name axes with `flax.linen.with_logical_constraint`, which is the
-  identity outside of this context: no model imports this module. An axis that
-  does not divide is an error of JAX at tracing time.
+  Models name axes with `constrain`, which is the identity outside of this
+  context. An abstract mesh is for tracing only: constants that are computed
+  meanwhile stay off the devices of the mesh, which may not be here.
   """
   rules = [(name, _present(axes, mesh.shape)) for name, axes in ACTIVATIONS]
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+  if isinstance(mesh, AbstractMesh):
+    scope = jax.sharding.use_abstract_mesh(mesh)
+  else:
+    scope = jax.set_mesh(mesh)
+  with scope, nn.logical_axis_rules(rules):
     yield
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Constrain the layout of `x` by the logical name of each axis."""
+  """Constrain the layout of `x` by the logical name of each axis.
+
+  A batch that the devices do not divide, as the single example that parameters
+  are initialised with, is left to the compiler, for `put_batch` refuses it
+  where it comes in; so is an axis of length 1.
+
+  Raises:
+    ShardingError: another axis does not divide, or names are not one an axis.
+  """
   if len(names) != x.ndim:
     raise ShardingError(f'{len(names)} names {names} for an array of {x.shape}')
-  return spmd.with_logical_constraint(x, names)
+  rules: dict[Any, Any] = dict(nn.get_logical_axis_rules())
+  if not any(rules.get(name) for name in names):
+    return x
+  sizes = jax.sharding.get_abstract_mesh().shape
+  layout: list[Any] = list(names)
+  for i, (name, length) in enumerate(zip(names, x.shape, strict=True)):
+    axes = rules.get(name) or ()
+    parts = math.prod(sizes[a] for a in axes)
+    if length % parts == 0:
+      continue
+    if name != 'batch' and length > 1:
+      raise ShardingError(
+        f'config.mesh.{"*".join(axes)}={parts} does not divide the {length} '
+        f'{name} of an activation {list(x.shape)}'
+      )
+    layout[i] = PartitionSpec.UNCONSTRAINED
+  return spmd.with_logical_constraint(x, tuple(layout))
 
 
 def device_bytes(leaf: Any, sharding: NamedSharding) -> int:
   """Return the bytes that one leaf takes on one device."""
   return trees.nbytes(sharding.shard_shape(tuple(leaf.shape)), leaf.dtype)
+
+
+def whole(tree: PyTree, shardings: PyTree) -> list[tuple[str, int]]:
+  """Return (path, bytes) of the large leaves that every device holds whole.
+
+  Empty where none at all is cut, as with replicas alone.
+  """
+  leaves = list(
+    zip(trees.path_leaves(tree), jax.tree.leaves(shardings), strict=True)
+  )
+  if all(s.is_fully_replicated for _, s in leaves):
+    return []
+  sized = [(path, device_bytes(x, s), s) for (path, x), s in leaves]
+  return [
+    (path, n) for path, n, s in sized if n >= LARGE and s.is_fully_replicated
+  ]
 
 
 def report(tree: PyTree, shardings: PyTree) -> str:
@@ -312,33 +398,6 @@ def report(tree: PyTree, shardings: PyTree) -> str:
     lines.append(f'{path:<60} {shape:>20} {spec:>24} {n:>14,}')
   head = f'{"path":<60} {"shape":>20} {"spec":>24} {"bytes/device":>14}'
   return '\n'.join([head, *lines, f'{"total":<106} {total:>14,}'])
-
-
-def _fit(
-  entries: Sequence[Entry], shape: tuple[int, ...], sizes: Mapping[str, int]
-) -> tuple[PartitionSpec, list[str]]:
-  """Return (spec, problems) of a rule's entries on a leaf."""
-  if len(entries) > len(shape):
-    return PartitionSpec(), [f'{len(entries)} entries {entries} are too many']
-  lead = len(shape) - len(entries)
-  spec: list[Any] = [None] * lead
-  problems: list[str] = []
-  for axis, entry in enumerate(entries, start=lead):
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    unknown = [n for n in names if n not in sizes]
-    if unknown:
-      problems.append(f'the mesh has no axis {unknown}')
-    present = tuple(n for n in names if sizes.get(n, 1) > 1)
-    parts = math.prod(sizes[n] for n in present)
-    if shape[axis] % parts:
-      problems.append(
-        f'axis {axis} of {shape[axis]} does not divide by '
-        + ' * '.join(f'{n}={sizes[n]}' for n in present)
-      )
-    spec.append(present[0] if len(present) == 1 else present or None)
-  while spec and spec[-1] is None:
-    spec.pop()
-  return PartitionSpec(*spec), problems
 
 
 def _present(axes: Entry, sizes: Mapping[str, int]) -> Entry:

@@ -24,6 +24,7 @@ from vfm_jax.evals import reconstruct
 from vfm_jax.evals.base import InRun
 from vfm_jax.experiment import Experiment
 from vfm_jax.objectives import base, frozen
+from vfm_jax.ops import attention_table
 
 
 class NonFiniteError(RuntimeError):
@@ -79,17 +80,8 @@ def train(
     watchdog = stack.enter_context(_watchdog(exp))
     profiler = stack.enter_context(_profiler(exp, workdir))
     loop = _Loop(exp, workdir, mesh, writer)
-    step_fn = jax.jit(
-      exp.train_step(),
-      in_shardings=(
-        shardings,
-        sharding.batch_sharding(mesh),
-        exp.teacher_shardings(mesh),
-      ),
-      # Whole on every device, so that each process can read its metrics.
-      out_shardings=(shardings, sharding.replicated(mesh)),
-      donate_argnums=0,
-    )
+    attentions = stack.enter_context(attention_table.recorded())
+    step_fn = exp.jitted_step(mesh)
     if start == 0 and exp.eval_at_start:
       loop.evaluate(0, state)
     batches = loop.batches(start)
@@ -97,6 +89,8 @@ def train(
       with loop.meter.waiting():
         batch = next(batches)
       state, metrics = step_fn(state, batch, teachers)
+      if step == start + 1:
+        logging.info('%s', attention_table.table(attentions))
       loop.record(step, metrics)
       watchdog.beat(step)
       profiler.step(step)

@@ -1,19 +1,25 @@
 """Do what each verb but `train` does, on the latest checkpoint of a run."""
 
+import dataclasses
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from vfm_jax import (
+  ahead,
+  ahead_text,
   checkpoint,
   convert_dit,
   convert_dmp,
   convert_vae,
   convert_vjepa,
+  hlo_cost,
+  kernel_cycles,
   sharding,
+  topology,
   train,
 )
 from vfm_jax import convert as convert_lib
@@ -33,6 +39,7 @@ from vfm_jax.objectives.denoise import Denoise
 from vfm_jax.objectives.encode import Encoder
 from vfm_jax.objectives.latent import LatentPrediction
 from vfm_jax.objectives.masked import Masked
+from vfm_jax.ops import attention_table
 
 
 def evaluate(exp: Experiment, workdir: str) -> dict[str, float]:
@@ -205,16 +212,56 @@ def describe(
     # It takes no step: what there is to count is an embedding.
     title = f'embeddings of {exp.batch_size} clips at a time'
     step = lambda state, batch: objective.embed(state.params, batch)  # noqa: E731
-  return describe_lib.describe(
-    state=exp.abstract_state,
-    batch=exp.batch_spec,
-    mesh=mesh,
-    rules=exp.rules,
-    rows=exp.optimizer[1],
-    teachers=exp.teacher_spec,
-    step_fn=step,
-    title=title,
-  )
+  with attention_table.recorded() as calls:
+    found = describe_lib.describe(
+      state=exp.abstract_state,
+      batch=exp.batch_spec,
+      mesh=mesh,
+      rules=exp.rules,
+      rows=exp.optimizer[1],
+      teachers=exp.teacher_spec,
+      step_fn=step,
+      title=title,
+    )
+  return _with_attention(found, calls)
+
+
+def describe_ahead(
+  exp: Experiment,
+  target: str,
+  *,
+  schedules: str | None = None,
+  with_levers: bool = False,
+) -> describe_lib.Description:
+  """Describe the step that a compiler makes for a machine that is not here.
+
+  Args:
+    exp: whose step is compiled.
+    target: the machine, as in 'v5e:16x16'; see `topology.parse`.
+    schedules: table of the cycles of kernels, see `kernel_cycles`.
+    with_levers: see `ahead.analyse`.
+
+  Raises:
+    TopologyError: the target is unknown, or its compiler is not installed.
+    ShardingError: the mesh or a parameter does not divide.
+    OSError: the table cannot be read.
+  """
+  machine = topology.parse(target)
+  cycles = hlo_cost.unknown
+  if schedules is not None:
+    cycles = kernel_cycles.load(schedules, machine)
+  with attention_table.recorded() as calls:
+    data = ahead.analyse(exp, machine, cycles, with_levers=with_levers)
+  found = describe_lib.Description(ahead_text.text(data), data)
+  return _with_attention(found, calls)
+
+
+def _with_attention(
+  found: describe_lib.Description, calls: Iterable[attention_table.Resolved]
+) -> describe_lib.Description:
+  """Add which implementation of attention runs where."""
+  text = f'{found.text}\n{attention_table.table(calls)}'
+  return dataclasses.replace(found, text=text)
 
 
 class Converted(NamedTuple):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from vfm_jax.nn import mixer
-from vfm_jax.ops.attention import reference_attention
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 8, 8, 16)).astype(np.float32)
@@ -62,7 +61,7 @@ def reference(params, x, high, low, pool, head_dim):
   qkv = jnp.einsum('bnd,dthe->tbnhe', tokens, p['kernel'])
   q, k, v = qkv + p['bias'][:, None, None]
   assert q.shape[-1] == head_dim
-  z = reference_attention(q, k, v).reshape(z.shape)
+  z = jax.nn.dot_product_attention(q, k, v).reshape(z.shape)
   z = jax.image.resize(z, (*x.shape[:3], low), 'nearest')
   h = jnp.concatenate([a, b, z], -1)
   h = h + depthwise(h, params['fuse_depthwise']['kernel'])

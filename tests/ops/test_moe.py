@@ -8,6 +8,7 @@ import pytest
 from vfm_jax import sharding
 from vfm_jax.ops import moe
 
+DEVICES = jax.devices()
 RNG = np.random.default_rng(1)
 B, N, D, F, E, K = 8, 3, 5, 6, 4, 2
 
@@ -76,6 +77,15 @@ def test_all_ways_agree(impl, lead):
 
 def test_experts_over_a_mesh():
   mesh = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, expert=2))
+  with sharding.activations(mesh):
+    check('auto', (B, N))
+    args = X, KERNEL, BIAS, gates_of(B, N)
+    assert 'all_to_all' in str(jax.make_jaxpr(moe.mix)(*args))
+
+
+@pytest.mark.slow
+def test_experts_and_tokens_over_a_mesh():
+  mesh = sharding.make_mesh(sharding.Mesh(data=1, seq=3, expert=2), DEVICES[:6])
   with sharding.activations(mesh):
     check('parallel', (B, N))
 

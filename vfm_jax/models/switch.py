@@ -123,11 +123,12 @@ class Experts(nn.Module):
     gate = layers.Dense(
       self.count, kernel_init=layers.xavier_uniform(), name='gate'
     )
-    p = jax.nn.softmax(gate(embeds.batch))
+    p = jax.nn.softmax(adaln.by_rows(gate(embeds.batch)))
     _, chosen = jax.lax.top_k(p, self.top_k)
     used = p * jax.nn.one_hot(chosen, self.count).sum(-2)
     if embeds.levels is not None:
-      levels = jax.lax.stop_gradient(jax.nn.softmax(gate(embeds.levels)))
+      levels = adaln.by_rows(gate(embeds.levels))
+      levels = jax.lax.stop_gradient(jax.nn.softmax(levels))
       self.sow('aux', GATES, p)
       self.sow('aux', LEVELS, levels)
       self.sow('aux', TOP, jax.lax.top_k(levels, self.top_k)[1])

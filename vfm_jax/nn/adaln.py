@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vfm_jax import sharding
 from vfm_jax.nn import layers
 from vfm_jax.nn.transformer import Attention
 from vfm_jax.ops import positions
@@ -120,6 +121,15 @@ def per_slice(
   return fn(cut, *(v[:, :, None] for v in vectors)).reshape(b, n, d)
 
 
+def by_rows(x: jax.Array) -> jax.Array:
+  """Return x [B, ...], cut over the batch alone.
+
+  Vectors that condition tokens are small: without a word the compiler would
+  rather move them than the parameters they are multiplied by.
+  """
+  return sharding.constrain(x, 'batch', *(None,) * (x.ndim - 1))
+
+
 class TimeEmbed(nn.Module):
   """Embed diffusion times: sinusoids, fc1, SiLU, fc2.
 
@@ -135,9 +145,11 @@ class TimeEmbed(nn.Module):
   def __call__(self, t: jax.Array) -> jax.Array:
     """Return f32 [..., width] of times [...], which nothing scales."""
     shared: dict[str, Any] = dict(kernel_init=nn.initializers.normal(0.02))
-    h = positions.time_features(t, self.features)
-    h = jax.nn.silu(layers.Dense(self.width, name='fc1', **shared)(h))
-    return layers.Dense(self.width, name='fc2', **shared)(h)
+    h = by_rows(positions.time_features(t, self.features))
+    h = by_rows(layers.Dense(self.width, name='fc1', **shared)(h))
+    return by_rows(
+      layers.Dense(self.width, name='fc2', **shared)(jax.nn.silu(h))
+    )
 
 
 class LabelEmbed(nn.Module):
@@ -156,7 +168,7 @@ class LabelEmbed(nn.Module):
     """Return f32 [B, width] of int32 [B]; NaN for a label without a row."""
     shape = (self.rows, self.width)
     table = self.param('table', nn.initializers.normal(0.02), shape)
-    return jnp.take(table, y, axis=0, mode='fill')
+    return by_rows(jnp.take(table, y, axis=0, mode='fill'))
 
 
 class AdaLNBlock(nn.Module):
@@ -277,7 +289,7 @@ def _modulation(c, parts, name):
   """Return `parts` vectors [B, F, D] of c, zero at first."""
   zeros = nn.initializers.zeros
   ada = layers.Dense(parts * c.shape[-1], kernel_init=zeros, name=name)
-  return jnp.split(ada(jax.nn.silu(c)), parts, axis=-1)
+  return jnp.split(by_rows(ada(by_rows(jax.nn.silu(c)))), parts, axis=-1)
 
 
 def _over_space(attend, x, slices):

@@ -12,11 +12,12 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from vfm_jax import trees
+from vfm_jax import sharding, trees
 from vfm_jax.nn import layers
 from vfm_jax.nn.adapters import Adapter
 from vfm_jax.ops import linear, rope
 from vfm_jax.ops.attention import attention
+from vfm_jax.ops.attention_spec import RESIDUAL
 from vfm_jax.ops.keys import fold
 
 QkvBias = Literal['none', 'qv', 'full']
@@ -146,7 +147,8 @@ class QKV(nn.Module):
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, shape)
       out = [y + bias[i].astype(y.dtype) for i, y in enumerate(out)]
-    return out
+    lead = ('batch', 'tokens')[: x.ndim - 1]
+    return [sharding.constrain(y, *lead, 'heads', None) for y in out]
 
 
 class Block(nn.Module):
@@ -270,7 +272,8 @@ class Stack(nn.Module):
     drop_path: rate of the last block; it grows linearly from 0.
     scan: compile one block and loop over it.
     remat: what the backward pass computes again: 'none', the 'full' block,
-      or all but the 'dots' (products with weights).
+      or all but the 'dots' (products with weights, and what the backward pass
+      of an attention kernel needs).
   """
 
   depth: int
@@ -323,13 +326,20 @@ class Stack(nn.Module):
 
     def apply(block, x, layer, rate, cond):
       args = () if cond is None else (cond, layer)
+      # Parameters that are cut come to the tokens, and not the other way round.
+      x = sharding.constrain(x, 'batch', 'tokens', 'embed')
       if keys is None:
-        return block(x, *args)
-      layer_keys = fold(keys, layer)
-      return block(x, *args, drop_path=rate, keys=layer_keys)
+        x = block(x, *args)
+      else:
+        x = block(x, *args, drop_path=rate, keys=fold(keys, layer))
+      return sharding.constrain(x, 'batch', 'tokens', 'embed')
 
     if self.remat == 'dots':
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+      policies = jax.checkpoint_policies
+      policy = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(RESIDUAL),
+      )
       apply = nn.remat(apply, policy=policy, prevent_cse=not self.scan)
     elif self.remat == 'full':
       apply = nn.remat(apply, prevent_cse=not self.scan)

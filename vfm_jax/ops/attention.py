@@ -5,27 +5,23 @@ add one, put an `Implementation` in `IMPLEMENTATIONS`: first means preferred.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """Describe a call, without arrays, so that it can be resolved anywhere.
-
-  Attributes:
-    platform: 'cpu', 'gpu' or 'tpu'.
-    dtype: name of the element type of q, k and v.
-    head_dim: features of one head.
-    masked: whether a mask or segment ids are given.
-  """
-
-  platform: str
-  dtype: str
-  head_dim: int
-  masked: bool = False
+from vfm_jax.ops import (
+  attention_measured,
+  attention_mesh,
+  attention_table,
+  attention_xla,
+  flash_gpu,
+  flash_tpu,
+  sequence_parallel,
+)
+from vfm_jax.ops.attention_spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +31,18 @@ class Implementation:
   Attributes:
     name: value for `impl`.
     refuse: returns the reason not to be used for a `Spec`, or None.
-    run: function (q, k, v, mask, scale) -> [B, N, H, D].
+    run: function (q, k, v, *, mask, segment_ids, scale, logit_cap) ->
+      [B, N, H, D]; without `mask` for a kernel.
+    kernel: whether it is opaque to XLA's partitioner, has no mask, and gets
+      the part of one device.
+    defer: returns the reason for 'auto' to pass it over, though it could run.
   """
 
   name: str
   refuse: Callable[[Spec], str | None]
   run: Callable[..., jax.Array]
+  kernel: bool = False
+  defer: Callable[[Spec], str | None] = lambda spec: None
 
 
 def attention(
@@ -51,40 +53,54 @@ def attention(
   mask: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   scale: float | None = None,
+  logit_cap: float | None = None,
   impl: str = 'auto',
 ) -> jax.Array:
   """Return softmax(scale q k^T) v over the heads.
 
   Softmax and accumulation are float32. A query that may attend to nothing
-  gives 0.
+  gives 0. Under a mesh (`jax.set_mesh`) a kernel runs on each device's part
+  of batch and heads; tokens that are cut over `seq` attend to those of the
+  other devices, see `ops.sequence_parallel`.
 
   Args:
     q: [B, N, H, D].
-    k: [B, M, H, D].
-    v: [B, M, H, D].
+    k: [B, M, Hkv, D]; each of its heads serves H / Hkv heads of q.
+    v: [B, M, Hkv, D].
     mask: bool, broadcastable to [B, H, N, M]; True = may attend, as in
       `jax.nn.dot_product_attention`.
     segment_ids: int [B, N] for self-attention: tokens attend within their
       segment only; a negative id is padding and attends to nothing.
     scale: factor of the logits; D^-0.5 if None.
+    logit_cap: c in c tanh(logits / c), which keeps the logits within -c and c
+      (Gemma 2); None for no cap.
     impl: a name in `IMPLEMENTATIONS`, or 'auto' for the first that accepts.
 
   Returns:
     [B, N, H, D] in the type of q.
 
   Raises:
-    ValueError: the implementation that was named refuses.
+    ValueError: the implementation that was named refuses, or shapes do not
+      go together.
   """
-  mask = _join(mask, segment_ids)
-  spec = Spec(
-    platform=jax.default_backend(),
-    dtype=jnp.dtype(q.dtype).name,
-    head_dim=q.shape[-1],
-    masked=mask is not None,
-  )
+  _check(q, k, v, segment_ids, logit_cap)
+  where = attention_mesh.cut()
+  spec = _spec(q, k, mask, segment_ids, logit_cap, where)
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  chosen, _ = resolve(spec, impl)
-  return chosen.run(q, k, v, mask, scale)
+  chosen, refusals = resolve(spec, impl)
+  attention_table.record(spec, impl, chosen.name, refusals)
+  options: dict[str, Any] = dict(scale=scale, logit_cap=logit_cap)
+  if where.seq > 1 and spec.queries < q.shape[1]:
+    return sequence_parallel.attend(
+      q, k, v, segment_ids=segment_ids, inner=chosen.run, **options
+    )
+  if not chosen.kernel:
+    return chosen.run(q, k, v, mask=mask, segment_ids=segment_ids, **options)
+
+  def run(q, k, v, segment_ids):
+    return chosen.run(q, k, v, segment_ids=segment_ids, **options)
+
+  return attention_mesh.over_mesh(run, where, q, k, v, segment_ids)
 
 
 def resolve(
@@ -111,7 +127,9 @@ def resolve(
   for candidate in IMPLEMENTATIONS:
     if impl not in ('auto', candidate.name):
       continue
-    reason = candidate.refuse(spec)
+    reason = _refuse(candidate, spec)
+    if reason is None and impl == 'auto':
+      reason = candidate.defer(spec)
     if reason is None:
       return candidate, refusals
     refusals[candidate.name] = reason
@@ -121,36 +139,62 @@ def resolve(
   )
 
 
-def reference_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  *,
-  mask: jax.Array | None = None,
-  segment_ids: jax.Array | None = None,
-  scale: float | None = None,
-) -> jax.Array:
-  """Compute attention in the plainest way: the oracle of every test."""
-  mask = _join(mask, segment_ids)
-  factor = q.shape[-1] ** -0.5 if scale is None else scale
-  q, k, v, dtype = *(x.astype(jnp.float32) for x in (q, k, v)), q.dtype
-  logits = factor * jnp.einsum('bnhd,bmhd->bhnm', q, k, precision='highest')
-  mask = jnp.broadcast_to(True if mask is None else mask, logits.shape)
-  top = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=-1e30)
-  weight = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
-  total = weight.sum(-1, keepdims=True)
-  weight = weight / jnp.where(total > 0, total, 1.0)
-  out = jnp.einsum('bhnm,bmhd->bnhd', weight, v, precision='highest')
-  return out.astype(dtype)
+def _refuse(candidate: Implementation, spec: Spec) -> str | None:
+  if candidate.kernel and spec.masked:
+    return 'takes no mask'
+  if candidate.kernel and spec.undivided:
+    return spec.undivided
+  return candidate.refuse(spec)
 
 
-def _join(mask, segment_ids):
-  """Fold segment ids into the mask, bool broadcastable to [B, H, N, M]."""
-  if segment_ids is None:
-    return mask
-  same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-  same &= segment_ids[:, None, :, None] >= 0
-  return same if mask is None else same & mask
+def _check(q, k, v, segment_ids, logit_cap) -> None:
+  if k.shape != v.shape or q.shape[2] % k.shape[2]:
+    raise ValueError(
+      'attention: expected k and v of one shape [B, M, Hkv, D], with a number '
+      f'of heads that divides the {q.shape[2]} of q {q.shape}; found '
+      f'{k.shape} and {v.shape}'
+    )
+  if segment_ids is not None and (
+    segment_ids.shape != q.shape[:2] or k.shape[1] != q.shape[1]
+  ):
+    raise ValueError(
+      'attention: segment ids are for self-attention: expected them to be '
+      f'{q.shape[:2]} and as many keys; found {segment_ids.shape} and '
+      f'{k.shape[1]} keys'
+    )
+  if logit_cap is not None and logit_cap <= 0:
+    raise ValueError(f'expected a logit_cap above 0, found {logit_cap}')
+
+
+def _spec(q, k, mask, segment_ids, logit_cap, where) -> Spec:
+  """Describe what one device computes, or all if it can not be cut."""
+  (b, n, heads, dim), m, kv_heads = q.shape, k.shape[1], k.shape[2]
+  undivided = where.undivided(b, heads, kv_heads)
+  if where.seq > 1 and not undivided:
+    undivided = sequence_parallel.refuse(n, m, mask is not None, where.seq)
+  if not undivided:
+    b, n = b // where.batch_parts, n // where.seq
+    heads, kv_heads = heads // where.tensor, kv_heads // where.tensor
+    if where.seq > 1 and segment_ids is not None:
+      undivided = 'segment ids of tokens that are cut over seq go to XLA'
+  device = attention_mesh.device()
+  return Spec(
+    platform=device.platform,
+    dtype=jnp.dtype(q.dtype).name,
+    head_dim=dim,
+    batch=b,
+    queries=n,
+    keys=m,
+    heads=heads,
+    kv_heads=kv_heads,
+    masked=mask is not None,
+    segments=segment_ids is not None,
+    logit_cap=logit_cap is not None,
+    device_kind=device.kind,
+    capability=device.capability,
+    jax=jax.__version_info__,
+    undivided=undivided,
+  )
 
 
 def _refuse_cudnn(spec: Spec) -> str | None:
@@ -160,85 +204,34 @@ def _refuse_cudnn(spec: Spec) -> str | None:
     return f'needs bfloat16 or float16, found {spec.dtype}'
   if spec.head_dim % 8:
     return f'needs a head_dim that 8 divides, found {spec.head_dim}'
-  if spec.masked:
-    return 'takes no mask'
+  if spec.masked or spec.segments:
+    return 'takes no mask and no segment ids'
+  if spec.logit_cap:
+    return 'takes no logit cap'
   return None
 
 
-def _run_cudnn(q, k, v, mask, scale):
-  del mask  # refused
+def _run_cudnn(
+  q, k, v, *, mask=None, segment_ids=None, scale, logit_cap=None
+):  # fmt: skip
+  del mask, segment_ids, logit_cap  # refused
   return jax.nn.dot_product_attention(
     q, k, v, scale=scale, implementation='cudnn'
   )
 
 
-def _refuse_saved(spec: Spec) -> str | None:
-  if spec.platform != 'cpu':
-    return f'is for the CPU, found {spec.platform}'
-  if spec.dtype != 'float32':
-    return f'needs float32, found {spec.dtype}'
-  if spec.masked:
-    return 'takes no mask'
-  return None
-
-
-def _run_saved(q, k, v, mask, scale):
-  del mask  # refused
-  q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
-  return _saved(q, k, v).swapaxes(1, 2)
-
-
-@jax.custom_vjp
-def _saved(q, k, v):
-  """Attend with q [B, H, N, D], already scaled, to k and v [B, H, M, D].
-
-  On CPU the passes over the N x M weights cost as much as the products. The
-  weights stay without their normaliser, which goes to the outputs instead, and
-  are saved for a backward pass that touches them three times.
-  """
-  return _saved_forward(q, k, v)[0]
-
-
-def _saved_forward(q, k, v):
-  logits = _dot('bhnd,bhmd->bhnm', q, k)
-  weight = jnp.exp(logits - logits.max(-1, keepdims=True))
-  inverse = 1.0 / weight.sum(-1, keepdims=True)
-  out = _dot('bhnm,bhmd->bhnd', weight, v) * inverse
-  return out, (q, k, v, weight, inverse, out)
-
-
-def _saved_backward(saved, grad):
-  q, k, v, weight, inverse, out = saved
-  grad = grad * inverse
-  inner = (grad * out).sum(-1, keepdims=True)
-  dv = _dot('bhnm,bhnd->bhmd', weight, grad)
-  dlogits = weight * (_dot('bhnd,bhmd->bhnm', grad, v) - inner)
-  dq = _dot('bhnm,bhmd->bhnd', dlogits, k)
-  dk = _dot('bhnm,bhnd->bhmd', dlogits, q)
-  return dq, dk, dv
-
-
-_saved.defvjp(_saved_forward, _saved_backward)
-
-
-def _run_xla(q, k, v, mask, scale):
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  logits = _dot('bhnd,bhmd->bhnm', q, k) * scale
-  if mask is None:
-    weight = jax.nn.softmax(logits, axis=-1)
-  else:
-    weight = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
-    weight = jnp.where(mask, weight, 0.0)
-  out = _dot('bhnm,bhmd->bhnd', weight.astype(v.dtype), v)
-  return out.astype(q.dtype).swapaxes(1, 2)
-
-
-def _dot(equation, a, b):
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
-
 IMPLEMENTATIONS = (
+  Implementation('pallas_tpu', flash_tpu.refuse, flash_tpu.attend, True),
+  Implementation(
+    'pallas_gpu',
+    flash_gpu.refuse,
+    flash_gpu.attend,
+    True,
+    functools.partial(attention_measured.defer, rows=attention_measured.ROWS),
+  ),
   Implementation('cudnn', _refuse_cudnn, _run_cudnn),
-  Implementation('xla_saved', _refuse_saved, _run_saved),
-  Implementation('xla', lambda spec: None, _run_xla),
+  Implementation(
+    'xla_saved', attention_xla.refuse_saved, attention_xla.attend_saved
+  ),
+  Implementation('xla', lambda spec: None, attention_xla.attend),
 )

@@ -5,17 +5,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vfm_jax.ops import attention_mesh
+
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Return x @ kernel.
 
-  On CPU, in float32, it has no forward-mode derivative.
+  On CPU, in float32, it has no forward-mode derivative. The device is that of
+  the mesh in scope, where there is one.
 
   Args:
     x: [..., D].
     kernel: [D, E].
   """
-  if jax.default_backend() == 'cpu' and x.dtype == jnp.float32:
+  if x.dtype == jnp.float32 and attention_mesh.device().platform == 'cpu':
     return _matmul(x, kernel)
   return x @ kernel
 

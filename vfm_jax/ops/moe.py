@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from vfm_jax import sharding
 from vfm_jax.ops import linear
 
 Impl = Literal['auto', 'dense', 'merged', 'grouped', 'parallel']
 
 # Mesh axes that the batch may be cut over; the last one cuts experts too.
-_BATCH = ('data', 'fsdp', 'expert')
+_BATCH = sharding.BATCH
 _AXIS = _BATCH[-1]
+_SEQ = 'seq'
 
 
 def mix(
@@ -48,7 +50,10 @@ def mix(
       `expert`: tokens go to their experts and come back, by two all-to-all
       exchanges with room for the worst case. 'auto' is 'merged' for gates
       [B, E], also on a mesh, for kernels are smaller than the tokens of many
-      examples; else 'dense'.
+      examples; for gates [B, N, E] it is 'parallel' where the mesh cuts
+      experts, else 'dense'. The ragged product is `jax.lax.ragged_dot`, which
+      has gradients and lowers for CPU, GPU and TPU; the grouped kernel that
+      ships with JAX is for TPU alone and asks for tile sizes.
     alike: bool [], whether all examples have the same gates [B, E], as at one
       step of a sampler: 'merged' then adds kernels up once. None does so for
       each example, without a branch.
@@ -72,7 +77,8 @@ def mix(
       f'{bias.shape}, {gates.shape} and {top_k}'
     )
   if impl == 'auto':
-    impl = 'merged' if gates.ndim == 2 else 'dense'
+    cut = jax.sharding.get_abstract_mesh().shape.get(_AXIS, 1) > 1
+    impl = 'merged' if gates.ndim == 2 else 'parallel' if cut else 'dense'
   if impl == 'merged':
     return _merged(x, kernel, bias, gates, alike)
   if gates.ndim == 2:
@@ -110,6 +116,8 @@ def _merged(x, kernel, bias, gates, alike):
   @jax.checkpoint
   def each(x, kernel, gates):
     merged = jnp.einsum('be,edf->bdf', gates, kernel).astype(x.dtype)
+    # The kernels of experts come here: they are fewer than merged ones.
+    merged = sharding.constrain(merged, 'batch', None, None)
     return jax.vmap(linear.matmul)(x, merged)
 
   def once(x, kernel, gates):
@@ -151,11 +159,18 @@ def _parallel(x, kernel, bias, gates, top_k):
   parts = mesh.shape.get(_AXIS, 1)
   batch = tuple(a for a in _BATCH if mesh.shape.get(a, 1) > 1)
   slots = math.prod(mesh.shape[a] for a in batch)
-  if parts == 1 or len(kernel) % parts or len(x) % slots:
+  tokens = _SEQ if mesh.shape.get(_SEQ, 1) > 1 else None
+  b, n, _ = x.shape
+  if (
+    parts == 1
+    or len(kernel) % parts
+    or b % slots
+    or n % mesh.shape.get(_SEQ, 1)
+  ):
     raise ValueError(
       "`impl` 'parallel' needs a mesh whose axis `expert` is above 1 and "
-      'divides the experts, and a batch that its axes divide; found '
-      f'{len(kernel)} experts and {len(x)} examples on the mesh '
+      'divides the experts, and a batch and tokens that its axes divide; found '
+      f'{len(kernel)} experts and {b} examples of {n} tokens on the mesh '
       f'{dict(mesh.shape)}; change `mesh` or `denoiser.hooks.mask.impl`'
     )
 
@@ -169,8 +184,8 @@ def _parallel(x, kernel, bias, gates, top_k):
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(P(batch), P(_AXIS), P(_AXIS), P(batch)),
-    out_specs=P(batch),
+    in_specs=(P(batch, tokens), P(_AXIS), P(_AXIS), P(batch, tokens)),
+    out_specs=P(batch, tokens),
     check_vma=False,
   )(x, kernel, bias, gates)
 
