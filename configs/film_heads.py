@@ -5,7 +5,8 @@
 after the commands of `film_shots.py`. Two heads are trained on 21 parts of the
 film and scored on 8: `shots` finds shots as segments, `cuts` tells frames
 within 0.25 s of a cut from all others. Variants: none for the features of
-`film_shots.py`, `:random` for those at random weights.
+`film_shots.py`, `:random` for those at random weights. Ours: shots mAP@0.5 0.63
+and 0.53, cuts F1@50 0.44 and 0.52, one seed.
 """
 
 from vfm_jax.config import ref, variant

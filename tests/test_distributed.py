@@ -96,7 +96,7 @@ def start(count, workdir, *, recipe=RECIPE, own=None, absent=(), **overrides):
 def finish(processes):
   """Wait for all to end well; return (stdout, stderr) of each."""
   try:
-    outputs = [p.communicate(timeout=280) for p in processes]
+    outputs = [p.communicate(timeout=600) for p in processes]
   finally:
     for p in processes:
       p.kill()
@@ -172,6 +172,7 @@ def test_several_processes_equal_one(count, tmp_path, one_process):
   )
 
 
+@pytest.mark.slow
 @PROCESSES
 def test_batches_and_agreement(count, tmp_path):
   spec = importlib.util.spec_from_file_location('batches', WORKER)
@@ -196,7 +197,9 @@ def test_batches_and_agreement(count, tmp_path):
     assert r['digests'] == {'0': alone, '1': alone}
     assert r['due']
     assert r['slots']['fsdp'] == [rank, count]
-    assert r['slots']['mixed'] == [rank, count]
+    # Processes of one device each load the same rows in pairs.
+    shared = 2 if count == DEVICES else 1
+    assert r['slots']['mixed'] == [rank // shared, count // shared]
     assert r['slots']['tensor'] == [0, 1]
 
 

@@ -160,13 +160,17 @@ def smoke(c):
     pytest.param('videomaev2_g', marks=pytest.mark.slow),
   ],
 )
-def test_describe_and_two_smoke_steps(name):
-  # On a laptop without the videos.
+def test_describe_on_a_laptop_without_the_videos(name):
   described = verbs.describe(config.build(load(name)), DEVICES[''])
   assert described.data['num_params'] > 9e7
   assert described.data['flops_per_step'] > 2e14
   assert described.data['devices'] == 256
 
+
+# The quickstarts and the notebook take such steps without this mark.
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['videomae_b', 'videomae_l', 'videomaev2_g'])
+def test_two_smoke_steps(name):
   check_two_steps(config.build(smoke(load(name))))
 
 
@@ -350,7 +354,7 @@ def test_latent_recipes_are_as_published(spec, params, flops):
   assert described['devices'] == 256
 
 
-# The quickstart of diffusion takes such steps without this mark.
+# As above.
 @pytest.mark.slow
 @pytest.mark.parametrize(
   'spec', ['dit_s2', 'dit_s2:min_snr', 'dit_b2', 'dit_l2', 'dit_xl2', 'sit_xl2']

@@ -169,6 +169,8 @@ def test_dropped_labels_are_the_null_label():
   assert np.isnan(run(model, params, X, T, np.array([1, 6]))[1]).any()
 
 
+# The stack of blocks is tested for it, and the hooks below for the scan.
+@pytest.mark.slow
 def test_scan_and_remat_change_nothing():
   plain = DiT(**{**VIDEO, 'depth': 2}, attention='factorised')
   params = lively(plain, V)
