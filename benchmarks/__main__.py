@@ -4,7 +4,9 @@
 
 `masked_step`, `dit_step`, `dit_sampling` and `knn` need the extra `parity`
 (torch, transformers, diffusers) and, for torch.compile, a C++ compiler; `mfu`
-without an accelerator the extra `tpu`.
+without an accelerator, and `tpu_schedules`, the extra `tpu`. Peers run in the
+interpreter that the variable PEER_PYTHON names, if it does: torch may be in
+another environment.
 """
 
 import argparse
@@ -25,6 +27,7 @@ NAMES = (
   'input_pipeline',
   'sampling',
   'mfu',
+  'tpu_schedules',
 )
 
 

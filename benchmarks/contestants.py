@@ -22,6 +22,8 @@ KEEP_MEMORY = types.MappingProxyType(
 RETURN_MEMORY = types.MappingProxyType(dict.fromkeys(KEEP_MEMORY))
 
 CORES = len(os.sched_getaffinity(0))
+# The interpreter that has torch, where it is not the one that has JAX.
+PEER_PYTHON = os.environ.get('PEER_PYTHON', sys.executable)
 
 
 def against_torch(module: str) -> list[interleave.Contestant]:
@@ -31,13 +33,13 @@ def against_torch(module: str) -> list[interleave.Contestant]:
     module: program that serves as `torch`, `torch_compile` and `vfm_jax`.
   """
   return [
-    interleave.Contestant(name, ('-m', module, framework), env)
-    for name, framework, env in (
-      ('torch eager', 'torch', KEEP_MEMORY),
-      ('torch.compile', 'torch_compile', KEEP_MEMORY),
-      ('vfm_jax', 'vfm_jax', KEEP_MEMORY),
-      ('torch eager, malloc defaults', 'torch', RETURN_MEMORY),
-      ('vfm_jax, malloc defaults', 'vfm_jax', RETURN_MEMORY),
+    interleave.Contestant(name, ('-m', module, framework), env, python)
+    for name, framework, env, python in (
+      ('torch eager', 'torch', KEEP_MEMORY, PEER_PYTHON),
+      ('torch.compile', 'torch_compile', KEEP_MEMORY, PEER_PYTHON),
+      ('vfm_jax', 'vfm_jax', KEEP_MEMORY, sys.executable),
+      ('torch eager, malloc defaults', 'torch', RETURN_MEMORY, PEER_PYTHON),
+      ('vfm_jax, malloc defaults', 'vfm_jax', RETURN_MEMORY, sys.executable),
     )
   ]
 

@@ -34,11 +34,13 @@ class Contestant:
     name: how results call it.
     command: arguments of the Python interpreter.
     env: what its environment has on top of ours; None removes a variable.
+    python: the interpreter; by default the one that runs this.
   """
 
   name: str
   command: tuple[str, ...]
   env: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+  python: str = sys.executable
 
 
 def compare(
@@ -138,7 +140,7 @@ def _worker(contestant: Contestant) -> Iterator[_Worker]:
   env = {**os.environ, **contestant.env}
   with tempfile.TemporaryFile() as log:
     process = subprocess.Popen(
-      [sys.executable, *contestant.command],
+      [contestant.python, *contestant.command],
       env={k: v for k, v in env.items() if v is not None},
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,

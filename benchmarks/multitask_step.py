@@ -37,6 +37,8 @@ def run(rounds: int) -> results.Comparison:
       for name in NAMES
     ],
     rounds=rounds,
+    # A step takes half a second, and a few percent are to be told apart.
+    repeats=6,
   )
   return results.Comparison(
     title=f'DiT-S/2 of {DEPTH} blocks, step, batch {dit_step.BATCH}',

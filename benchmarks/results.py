@@ -28,6 +28,7 @@ class Comparison:
     bars: largest ratio that is accepted, by contestant.
     notes: conditions of the measurement, for the reader of the table.
     info: what the contestants said about themselves.
+    unit: 'ms', or what else `seconds` counts, as 'cycles'.
   """
 
   title: str
@@ -36,6 +37,7 @@ class Comparison:
   bars: Mapping[str, float] = dataclasses.field(default_factory=dict)
   notes: str = ''
   info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  unit: str = 'ms'
 
   def __post_init__(self):
     if self.reference not in self.seconds:
@@ -127,7 +129,10 @@ def _ratios(comparisons: Sequence[Comparison]) -> str:
   ]
   for c in comparisons:
     for name, times in c.seconds.items():
-      ms = 1000 * statistics.median(times)
+      middle = statistics.median(times)
+      cost = f'{1000 * middle:.4g}'
+      if c.unit != 'ms':
+        cost = f'{middle:,.0f} {c.unit}'
       ratio = c.ratio(name)
       bar = ''
       if name in c.bars:
@@ -139,12 +144,13 @@ def _ratios(comparisons: Sequence[Comparison]) -> str:
         shown = f'{ratio.median:.3f}'
         spread = f'{ratio.low:.3f}–{ratio.high:.3f}'
       lines.append(
-        f'| {c.title} | {name} | {ms:.4g} | {shown} | {spread} | {bar} |'
+        f'| {c.title} | {name} | {cost} | {shown} | {spread} | {bar} |'
       )
   lines.append('')
   for c in comparisons:
     rounds = len(c.seconds[c.reference])
-    lines.append(f'{c.title}: {rounds} interleaved rounds. {c.notes}'.rstrip())
+    times = f'{rounds} interleaved rounds. ' if c.unit == 'ms' else ''
+    lines.append(f'{c.title}: {times}{c.notes}'.rstrip())
     lines.append('')
   return '\n'.join(lines)
 

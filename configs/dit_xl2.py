@@ -19,7 +19,11 @@ def get_config(arg=None):
   """Return the recipe; the variants are those of `dit_s2.py`."""
   base = pathlib.Path(__file__).with_name('dit_s2.py')
   config = load(f'{base}:{arg or ""}')
-  config.objective.denoiser.size = 'XL'
-  one = (arg or '').endswith('gpu1')
-  config.accum, config.mesh.fsdp = (4, 1) if one else (1, 8)
+  hardware = (arg or '').rpartition('-')[2]
+  accum, fsdp, remat = {
+    'gpu8': (1, 8, 'none'),
+    'gpu1': (4, 1, 'none'),
+  }.get(hardware, (1, 8, 'dots'))
+  config.objective.denoiser.update(size='XL', remat=remat)
+  config.accum, config.mesh.fsdp = accum, fsdp
   return config

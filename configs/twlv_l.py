@@ -21,8 +21,12 @@ def get_config(arg=None):
   """Return the recipe for a pod, `gpu8` or `gpu1`."""
   base = pathlib.Path(__file__).with_name('twlv_b.py')
   config = load(f'{base}:{arg or ""}')
-  accum, fsdp = variant(arg, {'': (1, 8), 'gpu8': (8, 8), 'gpu1': (64, 1)})
-  config.objective.encoder.update(size='L', drop_path=0.2)
+  accum, fsdp, remat = variant(
+    arg,
+    {'': (1, 8, 'dots'), 'gpu8': (8, 8, 'none'), 'gpu1': (64, 1, 'none')},
+  )
+  config.objective.encoder.update(size='L', drop_path=0.2, remat=remat)
+  config.objective.predictor.remat = remat
   config.objective.teacher.model.size = 'L/14'
   config.objective.teacher.path = 'weights/clip_vit_l_14.pt'
   config.accum = accum

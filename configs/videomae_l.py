@@ -19,10 +19,14 @@ def get_config(arg=None):
   """Return the recipe for a pod, `gpu8` or `gpu1`."""
   base = pathlib.Path(__file__).with_name('videomae_b.py')
   config = load(f'{base}:{arg or ""}')
-  accum, fsdp = variant(arg, {'': (1, 8), 'gpu8': (8, 8), 'gpu1': (64, 1)})
+  # Without it 16 clips do not fit on a chip of a pod, see docs/scale.md.
+  accum, fsdp, remat = variant(
+    arg,
+    {'': (1, 8, 'dots'), 'gpu8': (8, 8, 'none'), 'gpu1': (64, 1, 'none')},
+  )
   epochs, videos = 1601, 240_000
-  config.objective.encoder.size = 'L'
-  config.objective.decoder.update(width=512, depth=12, heads=8)
+  config.objective.encoder.update(size='L', remat=remat)
+  config.objective.decoder.update(width=512, depth=12, heads=8, remat=remat)
   config.optim.lr.warmup_fraction = 40 / epochs
   config.steps = epochs * videos // config.batch_size
   config.accum = accum

@@ -3,9 +3,11 @@
 The compiler is told not to optimise: nearly all of a test's time is compiling,
 and that halves it. What is compiled is kept until the tests end, for several
 start the same run more than once. Processes that tests start inherit all this.
+Garbage is looked for less often: tracing makes many objects, and few in cycles.
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -22,6 +24,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 import pytest
 from absl import flags
 
+gc.set_threshold(200_000, 50, 1000)
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 

@@ -49,6 +49,9 @@ def assign(cost: jax.Array, *, impl: Impl = 'auto') -> jax.Array:
 
 
 def _by_platform(cost):
+  # For a GPU that is not here, as in compiling ahead, no host can be called.
+  if jax.default_backend() != 'gpu':
+    return _on_device(cost)
   return jax.lax.platform_dependent(
     cost, cuda=_on_host, rocm=_on_host, default=_on_device
   )

@@ -95,7 +95,10 @@ def _saved_backward(saved, grad):
   grad = grad * inverse
   inner = (grad * out).sum(-1, keepdims=True)
   dv = _dot('bhnm,bhnd->bhmd', weight, grad)
-  dlogits = weight * (_dot('bhnd,bhmd->bhnm', grad, v) - inner)
+  # The product takes `inner` off too: no further pass over the weights.
+  less = jnp.concatenate([grad, -inner], axis=-1)
+  ones = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+  dlogits = weight * _dot('bhnd,bhmd->bhnm', less, ones)
   dq = _dot('bhnm,bhmd->bhnd', dlogits, k)
   dk = _dot('bhnm,bhnd->bhmd', dlogits, q)
   return dq, dk, dv

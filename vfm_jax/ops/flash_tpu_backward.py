@@ -18,7 +18,7 @@ from vfm_jax.ops import flash_tpu_tiles as tiles
 from vfm_jax.ops.flash_tpu_plan import Plan
 
 # Registers that a group of rows fills; more, and some are spilled.
-_REGISTERS = 8
+_REGISTERS = 4
 
 
 def backward(

@@ -112,30 +112,34 @@ def forward(
 
 
 def _forward_dense(q_ref, k_ref, v_ref, *refs, scale, logit_cap, chunk):
-  del chunk
   *ids, out_ref, lse_ref, logits_0, logits_1, weight_0, weight_1 = refs
   logits_refs, weight_refs = (logits_0, logits_1), (weight_0, weight_1)
   m, size = weight_0.shape
   units = tiles.units(q_ref, size)
-  plain = not ids and logit_cap is None
-  factor = scale * tiles.LOG2_E if plain else 1.0
+  chunks = tiles.slices(m, chunk)
+  factor = 1.0 if ids or logit_cap is not None else scale * tiles.LOG2_E
 
-  def start(u):
+  def start(u, keys):
     x, rows = units[u]
-    k = k_ref[tiles.zero(u), x]
-    logits_refs[u % 2][0] = tiles.dot(k, q_ref[0, x, rows], (1, 1))
+    product = tiles.dot(
+      k_ref[tiles.zero(u), x, keys], q_ref[0, x, rows], (1, 1)
+    )
+    same = ids and (ids[0][0, rows.start // size], ids[1][0, keys])
+    return _store(logits_refs[u % 2], keys, product, same, scale, logit_cap)
 
-  start(0)
+  tops = [start(0, keys) for keys in chunks]
   for u, (x, rows) in enumerate(units):
-    if u + 1 < len(units):
-      # Its product keeps the matrix units busy during the softmax.
-      start(u + 1)
-    logits_ref, weight_ref = logits_refs[u % 2], weight_refs[u % 2]
-    same = ids and (ids[0].at[0, rows.start // size], ids[1].at[0])
-    top = _top(logits_ref, slice(0, m), same, scale, logit_cap)
-    _weigh(logits_ref, weight_ref, slice(0, m), top, factor)
-    sums = tiles.dot(v_ref[0, x], weight_ref[...])
-    _finish(out_ref, lse_ref, x, rows, sums, top, bool(ids))
+    top = functools.reduce(jnp.maximum if factor > 0 else jnp.minimum, tops)
+    tops, sums = [], 0.0
+    for keys in chunks:
+      # The matrix units have the logits of the next queries to do while the
+      # weights of these are computed.
+      if u + 1 < len(units):
+        tops.append(start(u + 1, keys))
+      weight_ref = weight_refs[u % 2]
+      _weigh(logits_refs[u % 2], weight_ref, keys, top, factor)
+      sums += tiles.dot(v_ref[0, x, :, keys], weight_ref[keys])
+    _finish(out_ref, lse_ref, x, rows, sums, top * factor, bool(ids))
 
 
 def _forward_skipping(
@@ -156,11 +160,9 @@ def _forward_skipping(
 
       @pl.when(live_ref[first + c] > 0)
       def _(x=x, rows=rows, part=part, keys=keys):
-        logits_ref[0, keys] = tiles.dot(
-          k_ref[0, x, keys], q_ref[0, x, rows], (1, 1)
-        )
-        same = q_ids_ref.at[0, part], k_ids_ref.at[0]
-        top = _top(logits_ref, keys, same, scale, logit_cap)
+        product = tiles.dot(k_ref[0, x, keys], q_ref[0, x, rows], (1, 1))
+        same = q_ids_ref[0, part], k_ids_ref[0, keys]
+        top = _store(logits_ref, keys, product, same, scale, logit_cap)
         top_ref[...] = jnp.maximum(top_ref[...], top)
 
     for c, keys in enumerate(chunks):
@@ -173,44 +175,27 @@ def _forward_skipping(
     _finish(out_ref, lse_ref, x, rows, sum_ref[...], top_ref[...], True)
 
 
-def _top(logits_ref, keys, ids, scale, logit_cap):
-  """Return the largest logits of the columns, [1, n], from products [M, n].
+def _store(logits_ref, keys, product, ids, scale, logit_cap):
+  """Store logits [M, n], and return the largest of the columns, [1, n].
 
-  Logits that are not their product times a factor replace it.
+  What is stored, and returned, lacks its factor if there is nothing but it.
   """
-  plain = not ids and logit_cap is None
-  most = jnp.min if plain and scale < 0 else jnp.max
-  tops = []
-  for group in tiles.groups(keys, logits_ref.shape[2], _REGISTERS):
-    logits = logits_ref[0, group]
-    if not plain:
-      logits, _ = tiles.bend(logits, scale, logit_cap)
-      if ids:
-        logits = jnp.where(ids[1][group] == ids[0][...], logits, tiles.EMPTY)
-      logits_ref[0, group] = logits
-    tops.append(_fold(most, logits))
-  pair = jnp.minimum if most is jnp.min else jnp.maximum
-  # In a tree: along a chain each would wait for the one before.
-  while len(tops) > 1:
-    tops = [
-      functools.reduce(pair, tops[i : i + 2]) for i in range(0, len(tops), 2)
-    ]
-  top = most(tops[0], axis=0, keepdims=True)
-  return top * (scale * tiles.LOG2_E) if plain else top
+  logits, most = product, jnp.max
+  if ids or logit_cap is not None:
+    logits, _ = tiles.bend(product, scale, logit_cap)
+    if ids:
+      logits = jnp.where(ids[1] == ids[0], logits, tiles.EMPTY)
+  elif scale < 0:
+    most = jnp.min
+  logits_ref[0, keys] = logits
+  return most(logits, axis=0, keepdims=True)
 
 
 def _weigh(logits_ref, weight_ref, keys, top, factor):
   """Store the weights of logits [M, n]."""
   for group in tiles.groups(keys, logits_ref.shape[2], _REGISTERS):
-    weight = jnp.exp2(logits_ref[tiles.zero(0), group] * factor - top)
+    weight = jnp.exp2((logits_ref[tiles.zero(0), group] - top) * factor)
     weight_ref[group] = weight.astype(weight_ref.dtype)
-
-
-def _fold(along, rows):
-  """Reduce rows to eight, or to one if eight do not divide them."""
-  if rows.shape[0] % 8:
-    return along(rows, axis=0, keepdims=True)
-  return along(rows.reshape(-1, 8, rows.shape[1]), axis=0)
 
 
 def _finish(out_ref, lse_ref, x, rows, sums, top, masked):

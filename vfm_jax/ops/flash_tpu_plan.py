@@ -14,14 +14,13 @@ _SHORT = 256
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Size the blocks of a kernel, whose grid is (B, H / heads, blocks).
+  """Size the blocks of a kernel, whose grid is over B, H / heads and blocks.
 
   Attributes:
     heads: heads a grid step.
     block: queries (forward) or keys (backward) a grid step.
     rows: those of them that are computed at a time, a divisor of `block`.
-    chunk: keys (forward, only with segment ids) or queries (backward) that are
-      computed at a time.
+    chunk: keys (forward) or queries (backward) that are computed at a time.
     vmem: bytes of VMEM that the kernel may use.
   """
 
@@ -35,12 +34,14 @@ class Plan:
 def forward(q: jax.Array, k: jax.Array, segments: bool) -> Plan:
   """Return the plan of the forward kernel for q and k [B, H, N, D]."""
   n, m = q.shape[2], k.shape[2]
-  if n <= 128:
-    rows = block = n
-  else:
-    rows = min(128, _up(-(-n // 2), 16))
-    block = 2 * rows
-  return Plan(_heads(q, k), block, rows, min(m, 512) if segments else m)
+  if segments:
+    # Small parts, of which more can be skipped.
+    rows = n if n <= 128 else min(128, _up(-(-n // 2), 16))
+    block = n if n <= 128 else 2 * rows
+    return Plan(_heads(q, k, 2), block, rows, min(m, 256))
+  if n <= _SHORT:
+    return Plan(_heads(q, k, 2), n, n, min(m, 128))
+  return Plan(1, 2 * _SHORT, _SHORT, min(m, 256))
 
 
 def backward(q: jax.Array, k: jax.Array, segments: bool) -> Plan:
@@ -52,13 +53,13 @@ def backward(q: jax.Array, k: jax.Array, segments: bool) -> Plan:
   else:
     # Of blocks that add equally few keys, the largest.
     block = min(range(128, 257, 16), key=lambda b: (_up(m, b), -b))
-  return Plan(_heads(q, k), block, block, min(n, 256))
+  return Plan(_heads(q, k, 4), block, block, min(n, 256))
 
 
-def _heads(q, k):
+def _heads(q, k, most):
   if q.shape[1] != k.shape[1] or max(q.shape[2], k.shape[2]) > _SHORT:
     return 1
-  return math.gcd(q.shape[1], 4)
+  return math.gcd(q.shape[1], most)
 
 
 def _up(length, size):

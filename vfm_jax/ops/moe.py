@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from vfm_jax import sharding
-from vfm_jax.ops import linear
+from vfm_jax.ops import attention_mesh, linear
 
 Impl = Literal['auto', 'dense', 'merged', 'grouped', 'parallel']
 
@@ -21,6 +21,8 @@ Impl = Literal['auto', 'dense', 'merged', 'grouped', 'parallel']
 _BATCH = sharding.BATCH
 _AXIS = _BATCH[-1]
 _SEQ = 'seq'
+# Rows of one expert that are multiplied at a time, on CPU.
+_BLOCK = 128
 
 
 def mix(
@@ -52,7 +54,8 @@ def mix(
       [B, E], also on a mesh, for kernels are smaller than the tokens of many
       examples; for gates [B, N, E] it is 'parallel' where the mesh cuts
       experts, else 'dense'. The ragged product is `jax.lax.ragged_dot`, which
-      has gradients and lowers for CPU, GPU and TPU; the grouped kernel that
+      has gradients and lowers for GPU and TPU (on CPU it would compute all
+      experts for each row, and blocks of rows do it); the grouped kernel that
       ships with JAX is for TPU alone and asks for tile sizes.
     alike: bool [], whether all examples have the same gates [B, E], as at one
       step of a sampler: 'merged' then adds kernels up once. None does so for
@@ -147,11 +150,34 @@ def _by_expert(x, kernel, bias, expert):
 
   Rows of an expert number E, which there is not, give 0.
   """
-  experts = len(kernel)
+  experts, kernel = len(kernel), kernel.astype(x.dtype)
   sizes = jnp.zeros(experts, jnp.int32).at[expert].add(1, mode='drop')
-  out = jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
+  if attention_mesh.device().platform == 'cpu':
+    out = _in_blocks(x, kernel, expert, sizes)
+  else:
+    out = jax.lax.ragged_dot(x, kernel, sizes)
   out += bias.astype(x.dtype).at[expert].get(mode='fill', fill_value=0)
   return jnp.where(expert[:, None] < experts, out, 0)
+
+
+def _in_blocks(x, kernel, expert, sizes):
+  """Be `ragged_dot` where that computes all experts for each row, as on CPU.
+
+  Rows go into blocks of one expert each, which are filled up with zeros.
+  """
+  experts, size = len(kernel), min(_BLOCK, len(x))
+  blocks = -(-sizes // size)
+  count = len(x) // size + experts  # there are at most so many
+  last = jnp.cumsum(blocks)
+  place = jnp.arange(len(x)) - (jnp.cumsum(sizes) - sizes)[expert]
+  slot = (last - blocks)[expert] * size + place
+  slot = jnp.where(expert < experts, slot, count * size)
+  rows = jnp.zeros((count * size, x.shape[1]), x.dtype)
+  rows = rows.at[slot].set(x, mode='drop').reshape(count, size, -1)
+  whose = jnp.searchsorted(last, jnp.arange(count), side='right')
+  out = jax.vmap(linear.matmul)(rows, kernel[jnp.minimum(whose, experts - 1)])
+  out = out.reshape(count * size, -1)
+  return out.at[slot].get(mode='fill', fill_value=0)
 
 
 def _parallel(x, kernel, bias, gates, top_k):
