@@ -270,15 +270,8 @@ def test_distilling_recipes_in_small(name):
   check_two_steps(config.build(c))
 
 
-@pytest.mark.parametrize(
-  'method',
-  [
-    'vjepa',
-    *(
-      pytest.param(m, marks=pytest.mark.slow) for m in ('pixels', 'umt', 'twlv')
-    ),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['pixels', 'vjepa', 'umt', 'twlv'])
 def test_pretraining_methods_in_small(method):
   c = load(f'pretraining_mocap:{method}')
   for side in ('train', 'val'):
