@@ -26,13 +26,16 @@ CORES = len(os.sched_getaffinity(0))
 PEER_PYTHON = os.environ.get('PEER_PYTHON', sys.executable)
 
 
-def against_torch(module: str) -> list[interleave.Contestant]:
-  """Return torch eager, torch.compile and ours, with both ways of malloc.
+def against_torch(
+  module: str, *, malloc_defaults: bool = True
+) -> list[interleave.Contestant]:
+  """Return torch eager, torch.compile and ours.
 
   Args:
     module: program that serves as `torch`, `torch_compile` and `vfm_jax`.
+    malloc_defaults: add torch eager and ours with malloc as the system has it.
   """
-  return [
+  found = [
     interleave.Contestant(name, ('-m', module, framework), env, python)
     for name, framework, env, python in (
       ('torch eager', 'torch', KEEP_MEMORY, PEER_PYTHON),
@@ -42,6 +45,7 @@ def against_torch(module: str) -> list[interleave.Contestant]:
       ('vfm_jax, malloc defaults', 'vfm_jax', RETURN_MEMORY, sys.executable),
     )
   ]
+  return [c for c in found if malloc_defaults or c.env is KEEP_MEMORY]
 
 
 def main(ours: Callable[[], None], theirs: Callable[[bool], None]) -> None:

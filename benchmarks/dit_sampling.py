@@ -16,8 +16,8 @@ BARS = {'vfm_jax': 0.45}
 def run(rounds: int) -> results.Comparison:
   """Compare the time of all steps."""
   seconds, info = interleave.compare(
-    # A measurement takes a minute: without those that have malloc's defaults.
-    contestants.against_torch('benchmarks.dit_sampling')[:3],
+    # A measurement takes long enough with one way of malloc.
+    contestants.against_torch('benchmarks.dit_sampling', malloc_defaults=False),
     rounds=rounds,
     repeats=1,
   )

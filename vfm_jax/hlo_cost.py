@@ -1,9 +1,9 @@
 """Add up what a compiled module does: collectives, kernels, estimated cycles.
 
 Loops count by their trips, those whose length depends on the data by their
-bound, and of a conditional the dearest branch counts. The cycles
-are those that the compiler of TPUs notes for each instruction: a model of its
-schedule, which knows neither collectives nor what a Pallas kernel does.
+bound, and of a conditional the dearest branch counts. The cycles are those that
+the compiler of TPUs notes for each instruction: a model of its schedule, which
+knows neither collectives nor what a Pallas kernel does.
 """
 
 import collections

@@ -1,22 +1,16 @@
 """Compile the Mosaic GPU kernels for a Hopper card that is not there."""
 
-import importlib
 import importlib.util
-import pathlib
 
 import jax
 import pytest
 
 from vfm_jax.ops import flash_gpu
 
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 @pytest.fixture
-def gpu_registers(monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  return importlib.import_module('benchmarks.gpu_registers')
+def gpu_registers(benchmark_module):
+  return benchmark_module('gpu_registers')
 
 
 @pytest.mark.slow

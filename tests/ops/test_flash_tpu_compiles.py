@@ -1,9 +1,7 @@
 """Compile the TPU attention kernels for chips that are not there."""
 
-import importlib
 import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +10,6 @@ import pytest
 from vfm_jax import topology
 from vfm_jax.ops import flash_tpu
 
-ROOT = pathlib.Path(__file__).parents[2]
-TARGETS = {
-  'v4': 'v4:2x2x1',
-  'v5e': 'v5e:2x2',
-  'v5p': 'v5p:2x2x1',
-  'v6e': 'v6e:2x2',
-}
 needs_the_compiler = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,
   reason='needs the compiler of the extra `tpu`',
@@ -26,10 +17,13 @@ needs_the_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture
-def schedules(monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  return importlib.import_module('benchmarks.tpu_schedules')
+def schedules(benchmark_module):
+  return benchmark_module('tpu_schedules')
+
+
+@pytest.fixture
+def bundles(benchmark_module):
+  return benchmark_module('tpu_bundles')
 
 
 @pytest.mark.ahead
@@ -37,9 +31,10 @@ def schedules(monkeypatch):
 @needs_the_compiler
 @pytest.mark.parametrize('segments', [False, True], ids=['plain', 'segments'])
 @pytest.mark.parametrize('head_dim', [64, 72, 80, 88, 128])
-@pytest.mark.parametrize('kind', TARGETS)
-def test_all_head_dims_compile(kind, head_dim, segments):
-  device = topology.devices(topology.parse(TARGETS[kind]))[0]
+@pytest.mark.parametrize('kind', ['v4', 'v5e', 'v5p', 'v6e'])
+def test_all_head_dims_compile(kind, head_dim, segments, schedules):
+  target = topology.parse(schedules.TARGETS[kind])
+  device = topology.devices(target)[0]
   where = jax.sharding.SingleDeviceSharding(device)
 
   def loss(q, k, v, ids):
@@ -103,16 +98,12 @@ LISTING = """
 """
 
 
-def test_bundles_under_a_condition_count_apart(monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  bundles = importlib.import_module('benchmarks.tpu_bundles')
+def test_bundles_under_a_condition_count_apart(bundles):
   # One with a product is the work of every step.
   assert bundles._count(LISTING) == (5, 2)
   assert bundles.Schedule(3, 2, 0, 0.5).cycles(7, 1 / 2) == 22
 
 
-def test_no_listing_is_an_error(monkeypatch, tmp_path):
-  monkeypatch.syspath_prepend(str(ROOT))
-  bundles = importlib.import_module('benchmarks.tpu_bundles')
+def test_no_listing_is_an_error(bundles, tmp_path):
   with pytest.raises(ValueError, match='found 0 other files'):
     bundles.read(tmp_path, 'flash_tpu')
