@@ -1,17 +1,11 @@
 """Run the benchmark of attention at a toy shape, on what is here."""
 
-import importlib
-import pathlib
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-  monkeypatch.syspath_prepend(str(ROOT))
-  return importlib.import_module('benchmarks.attention')
+def benchmark(benchmark_module):
+  return benchmark_module('attention')
 
 
 def test_times_what_runs_and_names_what_refuses(benchmark, monkeypatch):
