@@ -1,21 +1,28 @@
 """Give every test eight CPU devices; set before anything imports JAX.
 
 The compiler is told not to optimise: nearly all of a test's time is compiling,
-and that halves it. What is compiled is kept until the tests end, for several
-start the same run more than once. Processes that tests start inherit all this.
+and that halves it; where there still are two ways to emit loops, the older one
+halves it again. What is compiled is kept until the tests end, for several start
+the same run more than once. Processes that tests start inherit all this.
 Garbage is looked for less often: tracing makes many objects, and few in cycles.
 """
 
 import atexit
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
 
-os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
+os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# Later versions have one way, and stop at a flag that they do not know.
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+  os.environ['XLA_FLAGS'] = ' '.join(
+    [os.environ.get('XLA_FLAGS', ''), '--xla_cpu_use_fusion_emitters=false']
+  )
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _compiled = tempfile.mkdtemp(prefix='compiled-')
   atexit.register(shutil.rmtree, _compiled, ignore_errors=True)

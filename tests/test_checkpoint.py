@@ -169,7 +169,7 @@ def run_worker(code, folder):
   return subprocess.run(
     [sys.executable, '-c', code, folder],
     cwd=pathlib.Path(__file__).parents[1],
-    env={**os.environ, 'XLA_FLAGS': ''},
+    env={**os.environ, 'JAX_NUM_CPU_DEVICES': '1'},
     capture_output=True,
     text=True,
     timeout=120,

@@ -40,10 +40,9 @@ def launch(count, command):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     coordinator = f'localhost:{s.getsockname()[1]}'
-  devices = f'--xla_force_host_platform_device_count={DEVICES // count}'
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': devices,
+    'JAX_NUM_CPU_DEVICES': str(DEVICES // count),
     'PYTHONPATH': str(ROOT),
   }
   return [

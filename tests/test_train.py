@@ -236,7 +236,7 @@ def test_non_finite_steps_stop_the_run_and_name_parameters(recipe, tmp_path):
 
 def start(recipe, workdir, *overrides):
   """Start a run on one device in a process of its own."""
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
   return subprocess.Popen(
     [
       sys.executable,

@@ -52,9 +52,10 @@ def ones(layer, x, context):
 
 
 def test_a_full_mask_is_no_mask_bit_for_bit():
-  want = run(dit(), PARAMS, TAU)
-  for mask in (Routing(beta=1.0), ones):
-    np.testing.assert_array_equal(run(dit(mask), PARAMS, TAU), want)
+  with jax.disable_jit():  # a compiler may fuse the two in different ways
+    want = run(dit(), PARAMS, TAU)
+    for mask in (Routing(beta=1.0), ones):
+      np.testing.assert_array_equal(run(dit(mask), PARAMS, TAU), want)
 
 
 def test_scanned_and_unrolled_agree():
