@@ -65,8 +65,9 @@ def test_times_lie_in_the_levels(name):
 @pytest.mark.parametrize('name', PROCESSES)
 def test_all_levels_are_training_bit_for_bit(name):
   zero = jnp.zeros(len(KEYS), jnp.int32)
-  t, _ = drawing(name)(KEYS, zero, zero + NOISE_LEVELS)
-  expected = jax.jit(PROCESSES[name].draw_time)(KEYS)
+  with jax.disable_jit():  # a compiler may fuse the two in different ways
+    t, _ = drawing(name)(KEYS, zero, zero + NOISE_LEVELS)
+    expected = PROCESSES[name].draw_time(KEYS)
   assert t.dtype == expected.dtype
   np.testing.assert_array_equal(t, expected)
 
