@@ -37,7 +37,10 @@ def recipe(model):
     c.objective.decoder.update(scan=True, width=32, depth=2)
   else:
     c = config.load(str(RECIPES / 'tiny_denoise.py'))
-    c.objective.denoiser.update(scan=True, width=48)
+    # As many layers as there are neither examples nor experts on a device.
+    c.objective.denoiser.update(scan=True, width=48, depth=3)
+  # Gradients that differ from zero by rounding must not become whole steps.
+  c.optim.method.eps = 1e-6
   if model == 'switch':
     with c.unlocked():
       c.objective.denoiser.hooks = ref(switch, experts=EXPERTS)

@@ -118,7 +118,7 @@ def _merged(x, kernel, bias, gates, alike):
   # The merged kernels are large and cheap: the backward pass makes them anew.
   @jax.checkpoint
   def each(x, kernel, gates):
-    merged = jnp.einsum('be,edf->bdf', gates, kernel).astype(x.dtype)
+    merged = _merge(gates, kernel).astype(x.dtype)
     # The kernels of experts come here: they are fewer than merged ones.
     merged = sharding.constrain(merged, 'batch', None, None)
     return jax.vmap(linear.matmul)(x, merged)
@@ -132,6 +132,16 @@ def _merged(x, kernel, bias, gates, alike):
   else:
     out = jax.lax.cond(alike, once, each, x, kernel, gates)
   return out + (gates @ bias).astype(x.dtype)[:, None]
+
+
+def _merge(gates, kernel):
+  """Return kernels [B, D, F] of gates [B, E] and kernel [E, D, F]."""
+  if jax.sharding.get_abstract_mesh().size > 1:
+    # Axes that are cut stay apart, as kernels have them.
+    return jnp.einsum('be,edf->bdf', gates, kernel)
+  # Gradients of matrices: CPUs are slow at sums over two axes.
+  merged = gates @ kernel.reshape(len(kernel), -1)
+  return merged.reshape(-1, *kernel.shape[1:])
 
 
 def _grouped(x, kernel, bias, gates, top_k):
