@@ -21,6 +21,7 @@ NAMES = (
   'dit_step',
   'dit_sampling',
   'multitask_step',
+  'multitask_pairs',
   'knn',
   'loop_overhead',
   'decoding',

@@ -13,10 +13,15 @@ from benchmarks import contestants, dit_step, interleave, results
 
 DEPTH, TASKS = 4, 4
 WORK = dict(batch=dit_step.BATCH, tasks=TASKS, depth=DEPTH)
+TITLE = f'DiT-S/2 of {DEPTH} blocks, step, batch {dit_step.BATCH}'
+MACHINE = f'{contestants.CORES} CPU cores, malloc as launch/setup.sh sets it.'
+METHODS = (
+  f'{TASKS} intervals of the noise levels as tasks, one example each, for all '
+  'contestants. Switch-DiT has 3 experts, of which a level uses 2, and the '
+  'prior.'
+)
 PLAIN = 'DiT, all parameters'
 BARS = {
-  'DTR': 1.03,
-  'Switch-DiT, merged': 1.12,
   'Switch-DiT, dispatched': 1.35,
   'DMP': 1.0,
   'PCGrad': TASKS + 1.0,
@@ -25,32 +30,27 @@ BARS = {
 NAMES = (PLAIN, *BARS, 'NashMTL, a bargain')
 
 
+def contestant(name: str) -> interleave.Contestant:
+  """Return the process that steps one of the methods."""
+  command = ('-m', 'benchmarks.multitask_step', name)
+  return interleave.Contestant(name, command, contestants.KEEP_MEMORY)
+
+
 def run(rounds: int) -> results.Comparison:
   """Compare the train steps."""
   seconds, info = interleave.compare(
-    [
-      interleave.Contestant(
-        name,
-        ('-m', 'benchmarks.multitask_step', name),
-        contestants.KEEP_MEMORY,
-      )
-      for name in NAMES
-    ],
+    [contestant(name) for name in NAMES],
     rounds=rounds,
-    # A step takes half a second, and a few percent are to be told apart.
     repeats=6,
   )
   return results.Comparison(
-    title=f'DiT-S/2 of {DEPTH} blocks, step, batch {dit_step.BATCH}',
+    title=TITLE,
     reference=PLAIN,
     seconds=seconds,
     bars=BARS,
     notes=(
-      f'{TASKS} intervals of the noise levels as tasks, one example each, for '
-      'all contestants. Switch-DiT has 3 experts, of which a level uses 2, and '
-      'the prior; DMP adds a prompt to each of 256 tokens of a frozen network, '
-      'with balancing losses. NashMTL bargains every 25 steps. On '
-      f'{contestants.CORES} CPU cores, malloc as launch/setup.sh sets it.'
+      f'{METHODS} DMP adds a prompt to each of 256 tokens of a frozen network, '
+      f'with balancing losses. NashMTL bargains every 25 steps. {MACHINE}'
     ),
     info=info,
   )
