@@ -1,5 +1,6 @@
 """Report what heads on a frozen encoder come to, the whole grid."""
 
+import abc
 import dataclasses
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from vfm_jax.objectives.base import PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadProbe:
+class HeadProbe(abc.ABC):
   """Share what the linear and the attentive probe have in common.
 
   Satisfies `Evaluator`. With several settings in the grid the best is chosen
@@ -46,23 +47,23 @@ class HeadProbe:
     self.training.batch_of(self.train.num_examples)
 
   @property
+  @abc.abstractmethod
   def reads(self) -> Reads:
     """What the head reads."""
-    raise NotImplementedError
 
   @property
+  @abc.abstractmethod
   def task(self) -> Literal['lp', 'ap']:
     """Table of the report that the numbers stand in."""
-    raise NotImplementedError
 
   @property
+  @abc.abstractmethod
   def name(self) -> str:
     """Protocol name that metric names carry."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def head(self, num_classes: int) -> nn.Module:
     """Return the head."""
-    raise NotImplementedError
 
   def run(
     self,
