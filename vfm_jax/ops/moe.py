@@ -124,7 +124,7 @@ def _merged(x, kernel, bias, gates, alike):
     return jnp.einsum('bnd,bdf->bnf', x, merged)
 
   def once(x, kernel, gates):
-    merged = jnp.einsum('e,edf->df', gates[0], kernel).astype(x.dtype)
+    merged = _merge(gates[:1], kernel)[0].astype(x.dtype)
     return linear.matmul(x, merged)
 
   if alike is None:
